@@ -1,0 +1,49 @@
+# `make demo` and `make test` work from a bare checkout; both set up .venv when it is missing or out of date.
+#   PYTHON       the interpreter .venv is made from (3.11 or newer)
+#   TORCH_INDEX  an extra package index to take torch from, such as PyTorch's own for CPU-only builds
+#   PIP_ARGS     anything else for pip
+PYTHON ?= python3
+TORCH_INDEX ?=
+PIP_ARGS ?=
+ONCE ?=
+MODEL ?= demo
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+PACKAGES := vblora serving
+BENCHMARKS = $(sort $(wildcard benchmarks/bench_*.py))
+
+.PHONY: demo test check format serve bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/vblora-serve demo $(if $(ONCE),--once) $(ARGS)
+
+test: export OMP_NUM_THREADS ?= 2
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict $(PACKAGES)
+	$(BIN)/python -m pytest -q tests/unit/test_import_rules.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: $(INSTALLED)
+	$(BIN)/vblora-serve run $(MODEL) $(ARGS)
+
+bench: $(INSTALLED)
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS) \
+		-c constraints.txt -e '.[demo,train,dev]'
+	touch $@

@@ -1,0 +1,143 @@
+"""Routes that add, choose and remove adapters: `/v1/adapters…`, `/v1/set_adapter` and vLLM's two.
+
+Knows neither files nor tensors: the catalog validates and stores, off the event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, TypeVar
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request, Response, status
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.datastructures import UploadFile
+
+from serving.api.body import json_body
+from serving.api.context import ApiContext, CallerOf, Context
+from serving.api.openapi import UPLOAD_BODY, request_body
+from serving.api.replies import AdapterEntry, AdapterList, DefaultReply, UploadReply
+from serving.api.resolve import AdapterRef
+from serving.api.schemas import ActivateBody, LoadAdapterBody, SetAdapterBody, UnloadAdapterBody
+from serving.errors import InvalidValue
+
+router = APIRouter(tags=["adapters"])
+T = TypeVar("T")
+
+
+@router.get("/v1/adapters")
+async def list_adapters(context: Context, caller: CallerOf) -> AdapterList:
+    """The caller's adapters and the shared ones."""
+    adapters = await to_thread.run_sync(context.catalog.list, caller.tenant)
+    return AdapterList(data=[AdapterEntry.of(info) for info in adapters])
+
+
+@router.get("/v1/adapters/{name}")
+async def get_adapter(name: str, context: Context, caller: CallerOf) -> AdapterEntry:
+    """One adapter with its revisions."""
+    return AdapterEntry.of(await to_thread.run_sync(context.catalog.get, caller.tenant, name))
+
+
+@router.post(
+    "/v1/adapters",
+    status_code=status.HTTP_201_CREATED,
+    response_model=UploadReply,
+    responses={200: {"model": UploadReply, "description": "This content was already stored; it is active now."}},
+    openapi_extra=UPLOAD_BODY,
+)
+async def upload_adapter(request: Request, context: Context, caller: CallerOf) -> Response:
+    """Validate, store and activate an adapter."""
+    name, config, weights = await _read_upload(request, context.caps.upload_bytes)
+    info, revision, is_new = await _timed(
+        context, "upload", partial(context.catalog.add, caller, name, config, weights)
+    )
+    reply = UploadReply(
+        name=info.name,
+        revision=revision.revision,
+        active_revision=info.active_revision,
+        created=revision.created,
+        bytes=revision.bytes,
+    )
+    return JSONResponse(reply.model_dump(), status.HTTP_201_CREATED if is_new else status.HTTP_200_OK)
+
+
+@router.post("/v1/adapters/{name}/activate", openapi_extra=request_body(ActivateBody))
+async def activate_adapter(
+    name: str, body: Annotated[ActivateBody, Depends(json_body(ActivateBody))], context: Context, caller: CallerOf
+) -> AdapterEntry:
+    """Choose the revision that the bare name means."""
+    return AdapterEntry.of(await to_thread.run_sync(context.catalog.activate, caller, name, body.revision))
+
+
+@router.delete("/v1/adapters/{name}", status_code=status.HTTP_204_NO_CONTENT)
+async def delete_adapter(name: str, context: Context, caller: CallerOf) -> None:
+    """Remove an adapter; requests that run on it finish."""
+    await to_thread.run_sync(context.catalog.delete, caller, name)
+
+
+@router.delete("/v1/adapters/{name}/revisions/{revision}", status_code=status.HTTP_204_NO_CONTENT)
+async def delete_revision(name: str, revision: str, context: Context, caller: CallerOf) -> None:
+    """Remove one revision that is not the active one; requests that run on it finish."""
+    await to_thread.run_sync(context.catalog.delete_revision, caller, name, revision)
+
+
+@router.post("/v1/set_adapter", openapi_extra=request_body(SetAdapterBody))
+async def set_adapter(
+    body: Annotated[SetAdapterBody, Depends(json_body(SetAdapterBody))], context: Context, caller: CallerOf
+) -> DefaultReply:
+    """Choose what answers requests that name only the base model."""
+
+    def change() -> DefaultReply:
+        ref = None if body.adapter is None else AdapterRef.parse(body.adapter)
+        if ref is None:
+            context.catalog.set_default(caller.tenant, None)
+            return DefaultReply(adapter=None, revision=None)
+        context.catalog.set_default(caller.tenant, ref.name, ref.revision)
+        active = context.catalog.get(caller.tenant, ref.name).active_revision
+        return DefaultReply(adapter=ref.name, revision=ref.revision or active)
+
+    return await to_thread.run_sync(change)
+
+
+@router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=request_body(LoadAdapterBody))
+async def load_lora_adapter(
+    body: Annotated[LoadAdapterBody, Depends(json_body(LoadAdapterBody))], context: Context
+) -> str:
+    """Register a shared adapter from a folder of the server."""
+    add = partial(context.catalog.add_from_path, body.lora_name, body.lora_path, replace=bool(body.load_inplace))
+    await _timed(context, "path", add)
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, openapi_extra=request_body(UnloadAdapterBody))
+async def unload_lora_adapter(
+    body: Annotated[UnloadAdapterBody, Depends(json_body(UnloadAdapterBody))], context: Context
+) -> str:
+    """Remove a shared adapter."""
+    await to_thread.run_sync(context.catalog.delete_shared, body.lora_name)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+async def _read_upload(request: Request, limit: int) -> tuple[str, bytes, bytes]:
+    """The parts `name`, `config` and `weights`; the two files may come as files or as plain fields."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise InvalidValue("the Content-Type must be multipart/form-data")
+    async with request.form(max_files=2, max_fields=3, max_part_size=limit) as form:
+        parts = {key: await _content(value) for key, value in form.multi_items()}
+    for part in ("name", "config", "weights"):
+        if part not in parts:
+            raise InvalidValue(f"{part}: this part is missing", param=part)
+    return parts["name"].decode("utf-8", "replace"), parts["config"], parts["weights"]
+
+
+async def _content(part: UploadFile | str) -> bytes:
+    return part.encode("utf-8", "surrogatepass") if isinstance(part, str) else await part.read()
+
+
+async def _timed(context: ApiContext, source: str, load: Callable[[], T]) -> T:
+    started = time.perf_counter()
+    result = await to_thread.run_sync(load)
+    context.observer.on_adapter_loaded(source, time.perf_counter() - started)
+    return result

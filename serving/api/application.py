@@ -1,0 +1,68 @@
+"""The FastAPI application over an `ApiContext`: routes, layers and error mapping, in one place and in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+
+from fastapi import APIRouter, FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
+from starlette.types import Scope
+
+from serving.api import adapters, generate, health, models
+from serving.api.context import ApiContext
+from serving.api.errors import install_error_handlers
+from serving.api.generate import ADAPTER_HEADER
+from serving.api.middleware import REQUEST_ID_HEADER, Access, BodyLimit, HostCheck, RequestScope
+from serving.api.openapi import ERROR_RESPONSES, install_openapi
+
+ROUTERS: tuple[APIRouter, ...] = (generate.router, models.router, adapters.router, health.router)
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def build_application(context: ApiContext, lifespan: Lifespan, cors_origins: Sequence[str] = ()) -> FastAPI:
+    """The application; `lifespan` brackets its time of service."""
+    app = FastAPI(
+        title="VB-LoRA inference server",
+        version=context.version,
+        description="One base model, many VB-LoRA adapters, OpenAI's routes.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        middleware=_layers(context, cors_origins),
+        responses=ERROR_RESPONSES,
+    )
+    app.state.context = context
+    app.state.methods_of = methods_of
+    for router in ROUTERS:
+        app.include_router(router)
+    install_error_handlers(app)
+    install_openapi(app)
+    return app
+
+
+def methods_of(scope: Scope) -> set[str]:
+    """Every method that some route takes on the path of `scope`."""
+    routes = [route for router in ROUTERS for route in router.routes if route.matches(scope)[0] is not Match.NONE]
+    return {method for route in routes for method in getattr(route, "methods", None) or ()}
+
+
+def _layers(context: ApiContext, cors_origins: Sequence[str]) -> list[Middleware]:
+    """Outermost first."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(cors_origins),
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=[REQUEST_ID_HEADER, ADAPTER_HEADER],
+    )
+    return [
+        Middleware(RequestScope, context=context),
+        *([cors] if cors_origins else []),
+        Middleware(HostCheck, context=context),
+        Middleware(Access, context=context),
+        Middleware(BodyLimit, context=context),
+    ]

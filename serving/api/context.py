@@ -1,0 +1,94 @@
+"""What every route needs, handed over by `serving/app.py`, and what is noted about one request on its way.
+
+Knows no routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+from fastapi import Depends, Request
+from prometheus_client import CollectorRegistry
+
+from serving.api.lifecycle import Lifecycle
+from serving.tenancy.authenticator import Authenticator
+from serving.types import AdapterCatalog, Caller, EngineClient, ModelCard, TextCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """The most one request may ask for: sizes are bytes, the rest are entries."""
+
+    body_bytes: int = 4 * 2**20
+    upload_bytes: int = 64 * 2**20
+    prompts: int = 256
+    stop: int = 16
+    stop_token_ids: int = 1024
+    logit_bias: int = 1024
+
+
+class ApiObserver(Protocol):
+    """What the routes report while they work; `serving/metrics.py` implements it."""
+
+    def on_error(self, code: str) -> None: ...
+    def on_adapter_loaded(self, source: str, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ApiContext:
+    """The parts behind the routes. `hosts` None answers any Host header."""
+
+    engine: EngineClient
+    codec: TextCodec
+    card: ModelCard
+    catalog: AdapterCatalog
+    authenticator: Authenticator
+    observer: ApiObserver
+    lifecycle: Lifecycle
+    registry: CollectorRegistry
+    version: str
+    caps: Caps = Caps()
+    hosts: frozenset[str] | None = None
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What the log line and the metrics say of one request; never its text."""
+
+    request_id: str
+    caller: Caller | None = None
+    adapter: str | None = None
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    error_code: str | None = None
+
+
+def _context(request: Request) -> ApiContext:
+    context: ApiContext = request.app.state.context
+    return context
+
+
+def _record(request: Request) -> RequestRecord:
+    record: RequestRecord = request.state.record
+    return record
+
+
+def _caller(record: Annotated[RequestRecord, Depends(_record)]) -> Caller:
+    if record.caller is None:
+        raise RuntimeError("a route that needs a caller was reached without authentication")
+    return record.caller
+
+
+async def _until_answered() -> AsyncIterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+Context = Annotated[ApiContext, Depends(_context)]
+Record = Annotated[RequestRecord, Depends(_record)]
+CallerOf = Annotated[Caller, Depends(_caller)]
+UntilAnswered = Annotated[ExitStack, Depends(_until_answered)]
+"""A stack that is unwound when the last byte of the answer is out, or the client is gone, or anything failed."""

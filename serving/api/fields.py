@@ -1,0 +1,118 @@
+"""Fields that clients of OpenAI or vLLM may send and this server does not act on: the published list, as data.
+
+A field is refused by name unless its value is null or one that has no effect; a field that nobody knows is ignored
+and logged once. Knows no routes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from serving.errors import InvalidValue
+
+if TYPE_CHECKING:
+    from serving.api.schemas import RequestModel
+
+NoEffect = tuple[object, ...]
+
+UNSUPPORTED: Mapping[str, NoEffect] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "cache_salt": (),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "logprobs": (False,),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+CHAT_TEMPLATE_FIELDS: Mapping[str, NoEffect] = {
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+}
+CHAT_UNSUPPORTED: Mapping[str, NoEffect] = {**UNSUPPORTED, **CHAT_TEMPLATE_FIELDS, "add_special_tokens": (False,)}
+MESSAGE_UNSUPPORTED: Mapping[str, NoEffect] = {
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+TOKENIZE_UNSUPPORTED: Mapping[str, NoEffect] = {
+    **CHAT_TEMPLATE_FIELDS,
+    "return_token_strs": (False,),
+    "tools": ([],),
+}
+
+_MAX_LOGGED_NAMES = 100
+_MAX_LOGGED_LENGTH = 64
+_logged: set[str] = set()
+_logger = logging.getLogger("serving.api")
+
+
+def check_fields(model: type[RequestModel], data: Mapping[str, Any]) -> None:
+    """Raise `InvalidValue` for the first field of `data` which `model` lists as unsupported; log the unknown ones."""
+    for name, value in data.items():
+        if name in model.model_fields:
+            continue
+        if name not in model.unsupported:
+            _log_unknown(name)
+        elif not has_no_effect(value, model.unsupported[name]):
+            raise InvalidValue(unsupported_message(name, model.unsupported[name]), param=name)
+
+
+def has_no_effect(value: object, accepted: NoEffect) -> bool:
+    """Null, or equal to an accepted value in type too: 0 is not false."""
+    return value is None or any(type(value) is type(entry) and value == entry for entry in accepted)
+
+
+def unsupported_message(name: str, accepted: NoEffect) -> str:
+    """Says that the field is not supported, and what may be sent instead."""
+    choices = " or ".join(repr(entry) for entry in accepted)
+    return f"{name} is not supported by this server" + (f"; it may only be {choices}" if accepted else "")
+
+
+def _log_unknown(name: str) -> None:
+    shown = name[:_MAX_LOGGED_LENGTH].encode("ascii", "backslashreplace").decode()
+    if shown not in _logged and len(_logged) < _MAX_LOGGED_NAMES:
+        _logged.add(shown)
+        _logger.warning("unknown_request_field", extra={"field": shown})

@@ -1,0 +1,97 @@
+"""`POST /v1/completions` and `POST /v1/chat/completions`.
+
+A request is parsed, tokenised, resolved and admitted before the first byte of its answer. What it holds, the pin and
+the engine's rows, is let go when the answer is out, the client is gone, or anything failed.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from serving.api.body import json_body
+from serving.api.context import ApiContext, CallerOf, Context, Record, RequestRecord, UntilAnswered
+from serving.api.formats import ChatFormat, Choice, CompletionFormat, Format
+from serving.api.openapi import request_body
+from serving.api.prepare import Prepared, prepare_chat, prepare_completion
+from serving.api.replies import ChatReply, CompletionReply, Usage
+from serving.api.resolve import shown_name
+from serving.api.rows import Rows, unless_disconnected
+from serving.api.schemas import ChatBody, CompletionBody, GenerationBody
+from serving.api.sse import MEDIA_TYPE, event_stream
+from serving.types import Caller
+
+ADAPTER_HEADER = "X-VBLoRA-Adapter"
+router = APIRouter(tags=["generation"])
+
+
+@router.post("/v1/completions", response_model=CompletionReply, openapi_extra=request_body(CompletionBody))
+async def create_completion(
+    request: Request,
+    body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
+    context: Context,
+    caller: CallerOf,
+    record: Record,
+    stack: UntilAnswered,
+) -> Response:
+    """Continue one or more prompts; each prompt is a choice of its own."""
+    prepared = await to_thread.run_sync(prepare_completion, context, caller, body)
+    rows = _admit(context, caller, record, prepared, stack)
+    return await _answer(request, body, rows, _format(CompletionFormat, body, record), record)
+
+
+@router.post("/v1/chat/completions", response_model=ChatReply, openapi_extra=request_body(ChatBody))
+async def create_chat_completion(
+    request: Request,
+    body: Annotated[ChatBody, Depends(json_body(ChatBody))],
+    context: Context,
+    caller: CallerOf,
+    record: Record,
+    stack: UntilAnswered,
+) -> Response:
+    """Answer the last message of a chat."""
+    prepared = await to_thread.run_sync(prepare_chat, context, caller, body)
+    rows = _admit(context, caller, record, prepared, stack)
+    return await _answer(request, body, rows, _format(ChatFormat, body, record), record)
+
+
+def _admit(context: ApiContext, caller: Caller, record: RequestRecord, prepared: Prepared, stack: ExitStack) -> Rows:
+    """Hand the rows to the engine; `stack` ends them and then releases the pin."""
+    if prepared.pin is not None:
+        stack.callback(prepared.pin.release)
+    record.adapter = shown_name(prepared.pin)
+    record.prompt_tokens = sum(len(prompt) for prompt in prepared.prompts)
+    revision = None if prepared.pin is None else prepared.pin.content_hash
+    rows = stack.enter_context(Rows(context.engine))
+    for prompt, sampling in zip(prepared.prompts, prepared.sampling, strict=True):
+        rows.submit(caller.tenant, prompt, sampling, revision)
+    stack.enter_context(context.lifecycle.generation(rows.end))
+    return rows
+
+
+def _format(shape: type[Format], body: GenerationBody, record: RequestRecord) -> Format:
+    return shape(body.request_id or record.request_id, body.model, int(time.time()), body.wants_usage)
+
+
+async def _answer(request: Request, body: GenerationBody, rows: Rows, shape: Format, record: RequestRecord) -> Response:
+    headers = {ADAPTER_HEADER: record.adapter or ""}
+    if body.stream:
+        headers["Cache-Control"] = "no-cache"
+        return StreamingResponse(event_stream(rows, shape, record), media_type=MEDIA_TYPE, headers=headers)
+    choices = await unless_disconnected(request, _collect(rows, record))
+    reply = shape.reply(choices, Usage.of(record.prompt_tokens, record.generated_tokens))
+    return JSONResponse(reply.model_dump(), headers=headers)
+
+
+async def _collect(rows: Rows, record: RequestRecord) -> list[Choice]:
+    choices = [Choice() for _ in range(len(rows))]
+    async for index, event in rows.events():
+        record.generated_tokens += len(event.token_ids)
+        choices[index].texts.append(event.text)
+        choices[index].finish_reason = event.finish_reason or ""
+    return choices

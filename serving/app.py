@@ -1,0 +1,158 @@
+"""The only wiring: settings → engine, catalog, metrics, application, process. Knows everybody; nobody knows it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from serving.adapters.catalog import FileCatalog
+from serving.adapters.state import CatalogStateError, JsonCatalogStore
+from serving.adapters.storage import LocalStorage
+from serving.api.application import build_application
+from serving.api.context import ApiContext, Caps
+from serving.api.lifecycle import Lifecycle
+from serving.api.middleware import LOOPBACK_HOSTS
+from serving.demo import demo_adapters
+from serving.engine import Engine
+from serving.errors import ServingError, StartupError
+from serving.metrics import AdapterGauges, Metrics
+from serving.settings import ServerSettings
+from serving.tenancy.authenticator import OpenAuthenticator
+
+DEMO_MODEL = "demo"
+CLOSE_SECONDS = 5.0
+
+
+def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAPI:
+    """The application over `engine`, or over one that this loads; the application closes it when it ends.
+
+    Raises `StartupError` when the base model, the stored state or an adapter of the settings cannot be used.
+    """
+    metrics = Metrics(CollectorRegistry())
+    engine = engine or Engine.from_settings(settings.to_engine_settings(), observer=metrics)
+    try:
+        catalog = _open_catalog(settings, engine)
+    except BaseException:
+        engine.close(CLOSE_SECONDS)
+        raise
+    metrics.watch(engine.stats, lambda: _adapter_gauges(catalog, engine))
+    context = ApiContext(
+        engine=engine,
+        codec=engine.codec,
+        card=engine.card,
+        catalog=catalog,
+        authenticator=OpenAuthenticator(),
+        observer=metrics,
+        lifecycle=Lifecycle(),
+        registry=metrics.registry,
+        version=version("vblora"),
+        caps=_caps(settings),
+        hosts=LOOPBACK_HOSTS if settings.loopback else None,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.close, CLOSE_SECONDS)
+
+    return build_application(context, lifespan, settings.cors_origins)
+
+
+def serve(settings: ServerSettings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises `StartupError`."""
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    DrainingServer(config, app.state.context.lifecycle, settings.drain_timeout).run()
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, but a signal first stops new work and leaves the listener open until the running requests end.
+
+    After `timeout` seconds, or at a second signal, what still generates is ended with an error. Exit status 0.
+    """
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, timeout: float) -> None:
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._timeout = timeout
+        self._deadline: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        self._deadline = now + self._timeout if self._deadline is None else now
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._deadline is not None:
+            self._lifecycle.drain()
+            expired = time.monotonic() >= self._deadline
+            if expired:
+                self._lifecycle.end_generations()
+            self.should_exit = expired or not self._lifecycle.in_flight
+        return await super().on_tick(counter)
+
+
+def _open_catalog(settings: ServerSettings, engine: Engine) -> FileCatalog:
+    """The registry of this base model, with the adapters of the settings in it. Each base has a folder of its own:
+    adapters fit one base only."""
+    folder = (
+        settings.data_dir / "adapters" / (re.sub(r"[^A-Za-z0-9._-]+", "--", engine.card.base_id).strip(".") or "base")
+    )
+    try:
+        catalog = FileCatalog(
+            JsonCatalogStore(folder / "catalog.json"),
+            LocalStorage(folder / "revisions"),
+            engine.residency,
+            engine.layout.compact,
+            adapter_roots=settings.adapter_root,
+            reserved={engine.card.base_id},
+            keep_revisions=settings.keep_revisions,
+        )
+    except (OSError, CatalogStateError) as error:
+        raise StartupError(f"the registry under --data-dir cannot be used: {error}") from error
+    shipped = demo_adapters() if settings.model == DEMO_MODEL else {}
+    for name, path in {**shipped, **settings.adapters}.items():
+        _register(catalog, name, path)
+    return catalog
+
+
+def _register(catalog: FileCatalog, name: str, path: Path) -> None:
+    try:
+        catalog.register(name, path)
+    except ServingError as error:
+        raise StartupError(f"adapter {name} from {path}: {error.message}") from error
+
+
+def _adapter_gauges(catalog: FileCatalog, engine: Engine) -> AdapterGauges:
+    stats = engine.residency.stats()
+    return AdapterGauges(len(catalog), stats.adapters, stats.bytes, stats.banks, stats.bank_bytes)
+
+
+def _caps(settings: ServerSettings) -> Caps:
+    return Caps(
+        body_bytes=settings.max_body_bytes,
+        upload_bytes=settings.max_upload_bytes,
+        prompts=settings.max_prompts,
+        stop=settings.max_stop,
+        stop_token_ids=settings.max_stop_token_ids,
+        logit_bias=settings.max_logit_bias,
+    )

@@ -1,0 +1,5 @@
+"""The engine: continuous batching of requests with different adapters over one base model."""
+
+from serving.engine.engine import Engine, Generation
+
+__all__ = ["Engine", "Generation"]

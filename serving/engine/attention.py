@@ -1,0 +1,183 @@
+"""Attention over a paged key/value cache, for one flat batch of decode rows and prefill chunks.
+
+transformers' attention interface calls `paged_attention` once a layer. Registration there is global to the process
+and not every model passes keywords on, so the layer finds its cache and its step on the attention module itself.
+Knows no requests: a step is positions in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+IMPLEMENTATION = "vblora_paged"
+ATTRIBUTE = "vblora_paged_layer"
+
+
+class Span(NamedTuple):
+    """One request's part of a step: `length` tokens from position `start`, over the cache blocks of `block_table`."""
+
+    block_table: list[int]
+    start: int
+    length: int
+
+
+class _Gather(NamedTuple):
+    """Cache positions (n, keys) that decode rows read, and which of them count."""
+
+    positions: Tensor
+    mask: Tensor
+
+
+@dataclass
+class AttentionStep:
+    """Where one step's tokens go in the cache, and what each may see. Spans of one token come first."""
+
+    spans: Sequence[Span]
+    block_size: int
+    device: torch.device
+    targets: Tensor = field(init=False)
+    num_decoding: int = field(init=False)
+    _decode: dict[int | None, _Gather] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.num_decoding = sum(span.length == 1 for span in self.spans)
+        self._slots = [self._cache_positions(span) for span in self.spans]
+        parts = [slots[span.start :] for slots, span in zip(self._slots, self.spans, strict=True)]
+        self.targets = torch.cat(parts).to(self.device)
+
+    def _cache_positions(self, span: Span) -> Tensor:
+        """Positions in the cache of the span's tokens, from the request's first to the span's last."""
+        end = span.start + span.length
+        blocks = torch.tensor(span.block_table[: -(-end // self.block_size)])
+        return (blocks[:, None] * self.block_size + torch.arange(self.block_size)).flatten()[:end]
+
+    def decoding(self, window: int | None) -> _Gather:
+        """What the decode rows read, at most the last `window` positions each; padded on the right."""
+        if window not in self._decode:
+            slots = [positions[-window:] if window else positions for positions in self._slots[: self.num_decoding]]
+            lengths = torch.tensor([len(positions) for positions in slots])
+            padded = nn.utils.rnn.pad_sequence(slots, batch_first=True)
+            mask = torch.arange(padded.shape[1]) < lengths[:, None]
+            self._decode[window] = _Gather(padded.to(self.device), mask.to(self.device))
+        return self._decode[window]
+
+    def prefilling(self, index: int, window: int | None) -> _Gather:
+        """What the chunk `spans[index]` reads: positions (keys,) and a causal mask (queries, keys)."""
+        span, positions = self.spans[index], self._slots[index]
+        first = max(0, span.start - window + 1) if window else 0
+        queries = torch.arange(span.start, span.start + span.length)[:, None]
+        keys = torch.arange(first, span.start + span.length)
+        mask = keys <= queries
+        if window:
+            mask &= queries - keys < window
+        return _Gather(positions[first:].to(self.device), mask.to(self.device))
+
+
+class PagedLayer:
+    """One attention layer's keys and values: (positions, kv heads, head size) each, and the step under way."""
+
+    def __init__(self, num_positions: int, key_shape: Sequence[int], value_shape: Sequence[int], **like: Any) -> None:
+        self.keys = torch.zeros(num_positions, *key_shape, **like)
+        self.values = torch.zeros(num_positions, *value_shape, **like)
+        self.step: AttentionStep | None = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """Write the step's keys and values (1, kv heads, tokens, size), then attend. Returns (1, tokens, heads, size)."""
+        step = self.step
+        assert step is not None, "a forward outside of a step"
+        self.keys[step.targets] = key[0].transpose(0, 1).to(self.keys.dtype)
+        self.values[step.targets] = value[0].transpose(0, 1).to(self.values.dtype)
+        queries = query[0].transpose(0, 1)
+        outputs = []
+        if step.num_decoding:
+            gather = step.decoding(options.window)
+            keys, values = self.keys[gather.positions], self.values[gather.positions]
+            outputs.append(grouped_attention(queries[: step.num_decoding, None], keys, values, gather.mask[:, None], options)[:, 0])  # fmt: skip
+        start = step.num_decoding
+        for index in range(step.num_decoding, len(step.spans)):
+            end = start + step.spans[index].length
+            gather = step.prefilling(index, options.window)
+            keys, values = self.keys[gather.positions][None], self.values[gather.positions][None]
+            attend = grouped_attention if options.needs_scores else fused_attention
+            outputs.append(attend(queries[None, start:end], keys, values, gather.mask[None], options)[0])
+            start = end
+        return torch.cat(outputs)[None]
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What a model asks of its attention: a window of positions, soft-capped scores, attention sinks (heads,)."""
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the scores themselves are changed, which fused kernels do not offer."""
+        return self.softcap is not None or self.sinks is not None
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
+    """Attention by two batched products: query (n, queries, heads, d), key and value (n, keys, kv heads, d), mask
+    (n, queries, keys). Query heads that share a key head are rows of one product. Returns (n, queries, heads, d)."""
+    n, queries, heads, _ = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (n, kv, group · queries, d)
+    scores = (grouped @ key.permute(0, 2, 3, 1)).float() * options.scaling
+    scores = scores.unflatten(2, (heads // kv_heads, queries))
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+    scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    if options.sinks is not None:
+        sinks = options.sinks.float().view(1, kv_heads, -1, 1, 1).expand(n, -1, -1, queries, 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    output = weights.to(value.dtype).flatten(2, 3) @ value.transpose(1, 2)
+    return output.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
+    """The same by PyTorch's fused kernel, which never holds all scores: shapes as in `grouped_attention`."""
+    output = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask[:, None], scale=options.scaling,
+        enable_gqa=True,
+    )  # fmt: skip
+    return output.transpose(1, 2)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function given to transformers: (1, heads, tokens, size) → (1, tokens, heads, size)."""
+    options = AttentionOptions(scaling or query.shape[-1] ** -0.5, sliding_window, softcap, s_aux)
+    layer: PagedLayer = getattr(module, ATTRIBUTE)
+    return layer.attend(query, key, value, options), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Masks are the step's business."""
+
+
+def register() -> None:
+    """Make the implementation known to transformers."""
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

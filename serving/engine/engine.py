@@ -1,0 +1,380 @@
+"""The engine on a thread of its own: requests in, streams of events out. Knows no HTTP and no adapter names.
+
+What crosses between the threads are plain messages, handed over once a step and event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.adapters.residency import Residency
+from serving.engine.codec import ModelCodec
+from serving.engine.core import EngineCore
+from serving.engine.model_runner import ModelRunner
+from serving.errors import (
+    ContextLengthExceeded,
+    Draining,
+    EngineUnavailable,
+    InvalidValue,
+    ModelNotFound,
+    Overloaded,
+    RateLimitExceeded,
+    StartupError,
+)
+from serving.types import (
+    EngineObserver,
+    EngineSettings,
+    EngineStats,
+    FinishReason,
+    GenerationEvent,
+    GenerationRequest,
+    ModelCard,
+)
+from vblora.checkpoint import AdapterCheckpoint, content_hash, read_adapter
+from vblora.errors import VBLoRAError
+from vblora.integrations.base_models import BaseModel, load_base_model
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 1
+ENGINE_DIED = "the engine stopped"
+Sink = Callable[[GenerationEvent], None]
+
+
+class SilentObserver:
+    """An `EngineObserver` that nobody listens to."""
+
+    def on_admitted(self, waited_seconds: float) -> None: ...
+    def on_first_token(self, seconds: float) -> None: ...
+    def on_next_token(self, seconds: float) -> None: ...
+    def on_finished(self, reason: FinishReason, seconds: float, prompt_tokens: int, generated_tokens: int) -> None: ...
+    def on_step(self, phase: str, seconds: float, rows: int, adapters: int) -> None: ...
+    def on_compose(self, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The whole answer to one request."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A request that has not ended, and where its events go."""
+
+    request: GenerationRequest
+    stream: AsyncStream | Sink
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    request: GenerationRequest
+    arrived: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+class AsyncStream:
+    """The events of one request, on the event loop that submitted it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[GenerationEvent] = asyncio.Queue()
+
+    async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
+        while True:
+            event = await self.events.get()
+            yield event
+            if event.finish_reason is not None:
+                return
+
+
+class Engine:
+    """One base model and its thread. `start` it before submitting; `close` it when done.
+
+    Thread-safe, but for `start` and `close`. `submit` is for a running event loop, `stream` and `generate` for
+    plain code.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        settings: EngineSettings,
+        *,
+        residency: Residency | None = None,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        if settings.max_batched_tokens < settings.max_batch_size:
+            raise StartupError(
+                f"max-batched-tokens is {settings.max_batched_tokens}: a step must have room for a token of each of "
+                f"the {settings.max_batch_size} requests of max-batch-size"
+            )
+        runner = ModelRunner(base.model, settings)
+        self.settings = settings
+        self.layout = runner.layout
+        self.runner = runner
+        self.residency = residency or Residency()
+        self.codec = ModelCodec(base.tokenizer)
+        self.card = ModelCard(
+            base_id=settings.served_model_name or base.base_id,
+            max_model_len=runner.max_model_len,
+            vocab_size=int(base.model.get_input_embeddings().weight.shape[0]),
+            created=int(time.time()),
+        )
+        tokenizer = base.tokenizer.backend_tokenizer
+        self._core = EngineCore(
+            runner, tokenizer, _end_of_text(base), self.residency, settings, observer or SilentObserver()
+        )
+        self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open: dict[str, _Open] = {}
+        self._load: Counter[str] = Counter()
+        self._draining = False
+        self._ended = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    @classmethod
+    def from_settings(cls, settings: EngineSettings, observer: EngineObserver | None = None) -> Engine:
+        """Load the base model and start the engine. Raises `StartupError` with the reason if it cannot run."""
+        try:
+            base = load_base_model(
+                settings.model,
+                dtype=settings.dtype,
+                device=settings.device,
+                chat_template=settings.chat_template,
+                progress=log.info,
+            )
+        except VBLoRAError as error:
+            raise StartupError(str(error)) from error
+        engine = cls(base, settings, observer=observer)
+        engine.start()
+        return engine
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive() and not self._ended
+
+    def stats(self) -> EngineStats:
+        """The gauges as of now; what is on its way to the engine counts as waiting."""
+        stats = self._core.stats()
+        with self._lock:
+            known = len(self._open)
+        stats.requests_waiting = max(stats.requests_waiting, known - stats.requests_running)
+        return stats
+
+    def drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._draining = True
+
+    @property
+    def drained(self) -> bool:
+        """Whether no request is left."""
+        with self._lock:
+            return not self._open
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stop the thread, after its present step; requests still there end with an error."""
+        self._inbox.put(_Stop())
+        self._thread.join(timeout)
+
+    def submit(self, request: GenerationRequest) -> AsyncStream:
+        """Queue a request on the running event loop.
+
+        Raises `Overloaded`, `RateLimitExceeded` (the tenant's queue), `EngineUnavailable`, `Draining`, and
+        `InvalidValue` for a prompt that is empty, too long or outside the vocabulary, and `ModelNotFound` when the
+        request's revision is not resident.
+        """
+        stream = AsyncStream()
+        self._enqueue(request, stream)
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """End a request; unknown ids are ignored."""
+        self._inbox.put(_Abort(request_id))
+
+    def stream(self, request: GenerationRequest) -> Iterator[GenerationEvent]:
+        """The events of one request, for plain code; leaving the iteration aborts it. Raises as `submit` does."""
+        events: queue.SimpleQueue[GenerationEvent] = queue.SimpleQueue()
+        self._enqueue(request, events.put)
+        try:
+            while True:
+                event = events.get()
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self.abort(request.request_id)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """Run requests together and wait for all. Raises as `submit` does."""
+        streams = [queue.SimpleQueue[GenerationEvent]() for _ in requests]
+        for request, events in zip(requests, streams, strict=True):
+            self._enqueue(request, events.put)
+        return [_collect(events) for events in streams]
+
+    def load_adapter(self, source: str | Path | AdapterCheckpoint) -> str:
+        """Make an adapter resident and return its content hash, a `GenerationRequest`'s `revision`.
+
+        Raises `vblora.CheckpointError` for a faulty file, `vblora.IncompatibleError` for one that does not fit.
+        """
+        checkpoint = source if isinstance(source, AdapterCheckpoint) else read_adapter(source)
+        digest = content_hash(checkpoint)
+        self.residency.put(digest, self.layout.compact(checkpoint))
+        return digest
+
+    def _enqueue(self, request: GenerationRequest, stream: AsyncStream | Sink) -> None:
+        self._check_tokens(request)
+        with self._lock:
+            self._check_admission(request)
+            if request.revision is not None:
+                try:
+                    self.residency.pin(request.revision)
+                except KeyError:
+                    raise ModelNotFound("the adapter is not loaded") from None
+            self._open[request.request_id] = _Open(request, stream)
+            self._load[request.tenant] += 1
+            self._inbox.put(_Submit(request, time.monotonic()))
+
+    def _check_tokens(self, request: GenerationRequest) -> None:
+        """What would hold up or break the step of others never reaches it."""
+        prompt, context = request.prompt_token_ids, self.card.max_model_len
+        if not prompt:
+            raise InvalidValue("the prompt is empty", param="prompt")
+        if len(prompt) + request.sampling.max_tokens > context:
+            raise ContextLengthExceeded(
+                f"the prompt's {len(prompt)} tokens and max_tokens {request.sampling.max_tokens} exceed the context "
+                f"of {context} tokens",
+                param="max_tokens" if len(prompt) < context else "prompt",
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.card.vocab_size:
+            raise InvalidValue(f"token ids lie between 0 and {self.card.vocab_size - 1}", param="prompt")
+
+    def _check_admission(self, request: GenerationRequest) -> None:
+        """Bounds count what waits: a full batch is not a full queue."""
+        if self._draining:
+            raise Draining("the server is shutting down", retry_after=RETRY_AFTER_SECONDS)
+        if not self.healthy:
+            raise EngineUnavailable("the engine is not running", retry_after=RETRY_AFTER_SECONDS)
+        if request.request_id in self._open:
+            raise ValueError(f"request {request.request_id} is already running")
+        batch = self.settings.max_batch_size
+        if len(self._open) >= self.settings.max_queue + batch:
+            raise Overloaded("the server's queue is full", retry_after=RETRY_AFTER_SECONDS)
+        if self._load[request.tenant] >= self.settings.max_queue_per_tenant + batch:
+            limit = self.settings.max_queue_per_tenant
+            raise RateLimitExceeded(f"your queue of {limit} requests is full", retry_after=RETRY_AFTER_SECONDS)
+
+    def _loop(self) -> None:
+        """The engine's thread: take messages, run a step, hand over its events."""
+        try:
+            while self._take_messages():
+                if self._core.has_work:
+                    self._deliver(self._core.step())
+        except Exception:
+            log.exception("the engine's thread failed")
+        finally:
+            self._end_all()
+
+    def _take_messages(self) -> bool:
+        """Act on all messages there are, waiting for one when there is nothing else to do; False to stop."""
+        block = not self._core.has_work
+        while block or not self._inbox.empty():
+            message = self._inbox.get()
+            block = False
+            match message:
+                case _Submit(request, arrived):
+                    self._core.add(request, arrived)
+                case _Abort(request_id):
+                    self._deliver(self._core.abort(request_id))
+                case _Stop():
+                    return False
+            block = not self._core.has_work
+        return True
+
+    def _deliver(self, events: Sequence[GenerationEvent]) -> None:
+        """Hand a step's events to their streams: one call for each event loop."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[AsyncStream, GenerationEvent]]] = defaultdict(list)
+        with self._lock:
+            targets = [(self._open[event.request_id].stream, event) for event in events]
+            for event in events:
+                if event.finish_reason is not None:
+                    self._forget(event.request_id)
+        for stream, event in targets:
+            if isinstance(stream, AsyncStream):
+                batches[stream.loop].append((stream, event))
+            else:
+                stream(event)
+        for loop, batch in batches.items():
+            try:
+                loop.call_soon_threadsafe(_hand_over, batch)
+            except RuntimeError:  # the loop is closed: nobody waits for these events any more
+                log.debug("%d events for a closed event loop", len(batch))
+
+    def _forget(self, request_id: str) -> None:
+        tenant = self._open.pop(request_id).request.tenant
+        self._load[tenant] -= 1
+        if not self._load[tenant]:
+            del self._load[tenant]
+
+    def _end_all(self) -> None:
+        """The thread ends: so does every request, those it never took included."""
+        with self._lock:
+            self._ended = True
+            requests = [entry.request for entry in self._open.values()]
+        for request in requests:
+            if request.revision is not None:
+                self.residency.unpin(request.revision)
+        self._deliver([GenerationEvent(r.request_id, finish_reason="error", error=ENGINE_DIED) for r in requests])
+
+
+def _hand_over(batch: list[tuple[AsyncStream, GenerationEvent]]) -> None:
+    for stream, event in batch:
+        stream.events.put_nowait(event)
+
+
+def _collect(events: queue.SimpleQueue[GenerationEvent]) -> Generation:
+    text, tokens = "", []
+    while True:
+        event = events.get()
+        text += event.text
+        tokens += event.token_ids
+        if event.finish_reason is not None:
+            return Generation(text, tuple(tokens), event.finish_reason, event.error)
+
+
+def _end_of_text(base: BaseModel) -> frozenset[int]:
+    """Every token that the model's files call an end of text."""
+    ends: set[int] = set()
+    for value in (base.tokenizer.eos_token_id, base.model.config.eos_token_id, _generation_ends(base)):
+        ends.update([value] if isinstance(value, int) else value or ())
+    return frozenset(ends)
+
+
+def _generation_ends(base: BaseModel) -> int | list[int] | None:
+    config = base.model.generation_config
+    return None if config is None else config.eos_token_id

@@ -1,0 +1,146 @@
+"""A step's plan → one flat forward → logits of the rows that need them. Knows no queues, tenants or text."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from serving.engine.attention import ATTRIBUTE, AttentionStep, PagedLayer, Span
+from serving.engine.compatibility import (
+    check_configuration,
+    check_packed,
+    probe_tokens,
+    record_forward,
+    separate_logits,
+    text_config,
+    use_paged_attention,
+)
+from serving.engine.request import Fill, StepPlan
+from serving.errors import StartupError
+from serving.types import EngineSettings
+from vblora.batched import AdapterSlots, Segment, attach_slots
+from vblora.compact import CompactAdapter, SlotLayout
+
+DEFAULT_CACHE_BYTES = 4 << 30
+FREE_MEMORY_SHARE = 0.25
+
+
+class ModelRunner:
+    """The base model with its paged cache and its adapter slots.
+
+    Takes over `model`: its attention is switched and its linear layers are wrapped. Raises `StartupError` for a
+    model that would run wrong, or a cache that cannot hold one request of full length.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: EngineSettings) -> None:
+        self.model = model.eval()
+        self.block_size = settings.block_size
+        check_configuration(model)
+        separate = separate_logits(model)
+        use_paged_attention(model)
+        record = record_forward(model)
+        self.layout = SlotLayout.from_model(model, max_rank=settings.max_rank, adaptable=record.adaptable)
+        self.slots = AdapterSlots(
+            self.layout,
+            settings.adapter_slots or settings.max_batch_size + 1,
+            dtype=getattr(torch, settings.adapter_dtype),
+            device=model.device,
+        )
+        attach_slots(model, self.slots)
+        shapes = list(record.attention.values())
+        self.bytes_per_token = sum(key.numel() + value.numel() for key, value in shapes) * model.dtype.itemsize
+        self.num_blocks, self.max_model_len = self._fit_cache(settings)
+        self._layers: list[PagedLayer] = []
+        for module, (key, value) in record.attention.items():
+            positions = self.num_blocks * self.block_size
+            layer = PagedLayer(positions, key, value, dtype=model.dtype, device=model.device)
+            setattr(module, ATTRIBUTE, layer)
+            self._layers.append(layer)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        check_packed(model, self._probe(), separate)
+
+    def _fit_cache(self, settings: EngineSettings) -> tuple[int, int]:
+        """Blocks that fit the memory, and the longest request allowed: one of that length must fit them."""
+        context = int(text_config(self.model).max_position_embeddings)
+        wanted = settings.max_model_len or context
+        if wanted > context:
+            raise StartupError(f"max-model-len is {wanted}, but the model's positions end at {context}")
+        memory = settings.kv_cache_bytes or _default_cache_bytes(self.model.device)
+        blocks = memory // (self.bytes_per_token * self.block_size)
+        capacity = blocks * self.block_size
+        if capacity < (settings.max_model_len or 1):
+            raise StartupError(
+                f"the key/value cache of {memory:,} bytes holds {capacity} tokens, fewer than one request of "
+                f"max-model-len {wanted}: raise kv-cache-memory or lower max-model-len"
+            )
+        return blocks, min(wanted, capacity)
+
+    def _probe(self) -> Tensor:
+        """Logits of the probe sequences in one flat batch. Blocks are handed out from the last, to see them used."""
+        tables, last = [], self.num_blocks
+        for tokens in probe_tokens(self.model):
+            count = -(-len(tokens) // self.block_size)
+            if last < count:
+                raise StartupError(f"the key/value cache holds {self.num_blocks} blocks: too few to run anything")
+            tables.append(list(range(last - count, last)))
+            last -= count
+        sequences = probe_tokens(self.model)
+        spans = [Span(table, 0, len(tokens)) for table, tokens in zip(tables, sequences, strict=True)]
+        tokens = torch.cat(sequences)
+        return self._forward(tokens.tolist(), spans, [Segment(0, len(tokens))], range(len(tokens)))
+
+    def fill(self, fills: Sequence[Fill], content: Callable[[str], CompactAdapter]) -> list[float]:
+        """Compose the revisions that a plan brings into slots; returns the seconds each took."""
+        seconds = []
+        for fill in fills:
+            began = time.perf_counter()
+            self.slots.fill(fill.slot, content(fill.revision))
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """Logits (n, vocabulary) of the last token of every chunk that samples, in the plan's order."""
+        tokens = [token for chunk in plan.chunks for token in chunk.state.tokens[chunk.start : chunk.end]]
+        spans = [Span(chunk.state.block_table, chunk.start, chunk.length) for chunk in plan.chunks]
+        segments = [Segment(chunk.state.slot, chunk.length) for chunk in plan.chunks]
+        keep, end = [], 0
+        for chunk in plan.chunks:
+            end += chunk.length
+            if chunk.samples:
+                keep.append(end - 1)
+        return self._forward(tokens, spans, segments, keep)
+
+    @torch.inference_mode()
+    def _forward(
+        self, tokens: list[int], spans: Sequence[Span], segments: Sequence[Segment], keep: Sequence[int]
+    ) -> Tensor:
+        device = self.model.device
+        step = AttentionStep(spans, self.block_size, device)
+        for layer in self._layers:
+            layer.step = step
+        self.slots.set_rows(segments)
+        positions = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans])
+        rows = torch.tensor(list(keep), dtype=torch.long, device=device)
+        options = {"logits_to_keep": rows} if self._keeps_logits else {}
+        logits: Tensor = self.model(
+            input_ids=torch.tensor(tokens, device=device)[None],
+            position_ids=positions.to(device)[None],
+            use_cache=False,
+            **options,
+        ).logits[0]
+        return logits if self._keeps_logits else logits[rows]
+
+
+def _default_cache_bytes(device: torch.device) -> int:
+    """A quarter of the memory that is free, at most 4 GiB."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(DEFAULT_CACHE_BYTES, int(free * FREE_MEMORY_SHARE))

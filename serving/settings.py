@@ -1,0 +1,237 @@
+"""Every setting of the server: a flag, else ``VBLORA_*`` in the environment, else the YAML file, else its default.
+
+The one list behind the command line and docs/settings.md. Knows neither HTTP nor engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from platformdirs import user_data_path
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from serving.types import EngineSettings
+
+ENV_PREFIX = "VBLORA_"
+MODEL_HELP = "Base model: a hub id, a folder, a .gguf file, or `demo`, which also registers the shipped adapters."
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used; the message names them as an operator writes them."""
+
+
+def _split(value: Any) -> Any:
+    return [item for item in value.split(",") if item] if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ServerSettings(BaseSettings):
+    """What `vblora-serve run` takes. Lists are repeated flags, and comma-separated in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    model: str = Field(description=MODEL_HELP)
+    served_model_name: str | None = Field(None, description="Name of the base model in the API, instead of its own.")
+    chat_template: str | None = Field(None, description="Chat template to use instead of the model's: a Jinja file.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    allow_unauthenticated: bool = Field(
+        False, description="Serve without keys on an address that is not loopback: whoever reaches it may do anything."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the base model's weights; `auto` takes the one they are stored in."
+    )
+    device: str = Field("cpu", description="Torch device, `cpu` or `cuda`.")
+    max_batch_size: Positive = Field(32, description="Most requests in one step.")
+    max_model_len: Positive | None = Field(None, description="Most tokens of prompt and answer; at most the model's.")
+    max_batched_tokens: Positive = Field(512, description="Most tokens in one step, prompts in chunks included.")
+    max_queue: Positive = Field(4096, description="Most requests waiting, over all tenants.")
+    max_queue_per_tenant: Positive = Field(512, description="Most requests of one tenant waiting.")
+    kv_cache_memory: ByteSize | None = Field(
+        None, description="Memory for keys and values, such as 2GiB; by default room for a full batch."
+    )
+    block_size: Positive = Field(16, description="Tokens in a block of the key and value cache.")
+    max_rank: Positive = Field(16, description="Highest rank of an adapter that is accepted.")
+    adapter_slots: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Slots for composed adapters, the empty one included; by default max-batch-size + 1."
+    )
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Type of composed adapters in their slots."
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: user_data_path("vblora-serve", appauthor=False),
+        description="Where uploaded adapters and their registry are kept.",
+    )
+    adapter: Texts = Field((), description="Shared adapter to register at start, as NAME=PATH. Repeatable.")
+    adapter_root: Paths = Field((), description="Folder below which load_lora_adapter may read. Repeatable.")
+    keep_revisions: Positive = Field(10, description="Revisions kept of an adapter, beside active and pinned ones.")
+    drain_timeout: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests get to finish after SIGTERM."
+    )
+    cors_origins: Texts = Field((), description="Origin whose pages may call the API; `*` for all. Repeatable.")
+    ssl_certfile: Path | None = Field(None, description="TLS certificate chain, PEM.")
+    ssl_keyfile: Path | None = Field(None, description="TLS private key, PEM.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log lines shown.")
+    max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="Largest JSON body.")
+    max_upload_bytes: ByteSize = Field(ByteSize(64 * 2**20), description="Largest upload of an adapter.")
+    max_prompts: Positive = Field(256, description="Most prompts in one request.")
+    max_stop: Positive = Field(16, description="Most stop strings in one request.")
+    max_stop_token_ids: Positive = Field(1024, description="Most stop token ids in one request.")
+    max_logit_bias: Positive = Field(1024, description="Most entries of logit_bias in one request.")
+
+    @field_validator("adapter")
+    @classmethod
+    def _name_and_path(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [entry for entry in value if not all(entry.partition("="))]:
+            raise ValueError(f"write NAME=PATH, not {wrong[0]!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _refuse_open_server(self) -> ServerSettings:
+        if not self.loopback and not self.allow_unauthenticated:
+            raise ValueError(
+                f"host {self.host} is reachable from other machines and this server asks for no keys: "
+                "listen on 127.0.0.1, or add --allow-unauthenticated"
+            )
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl-certfile and ssl-keyfile belong together")
+        return self
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach `host`."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """`adapter` as name → folder."""
+        return {name: Path(path) for name, _, path in (entry.partition("=") for entry in self.adapter)}
+
+    def to_engine_settings(self) -> EngineSettings:
+        """The part that the engine needs."""
+        return EngineSettings(
+            model=self.model,
+            served_model_name=self.served_model_name,
+            chat_template=self.chat_template,
+            dtype=self.dtype,
+            device=self.device,
+            max_batch_size=self.max_batch_size,
+            max_model_len=self.max_model_len,
+            max_batched_tokens=self.max_batched_tokens,
+            max_queue=self.max_queue,
+            max_queue_per_tenant=self.max_queue_per_tenant,
+            block_size=self.block_size,
+            kv_cache_bytes=self.kv_cache_memory,
+            max_rank=self.max_rank,
+            adapter_slots=self.adapter_slots,
+            adapter_dtype=self.adapter_dtype,
+        )
+
+
+def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> ServerSettings:
+    """Settings from `flags` (None: not given), the environment and the YAML file `config`.
+
+    Raises `SettingsError` naming the first setting at fault.
+    """
+    file = {} if config is None else _read_yaml(config)
+
+    class Layered(ServerSettings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=file)
+
+    try:
+        return Layered(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from error
+
+
+def settings_reference() -> str:
+    """docs/settings.md."""
+    lines = [
+        "# Settings",
+        "",
+        "Of `vblora-serve run`. A flag wins over the environment, that over the YAML file of `--config` (names as the",
+        "flags, with `-` or `_`), that over the default. In the environment lists are comma-separated.",
+        "",
+        "| flag | environment | default | what it does |",
+        "|---|---|---|---|",
+    ]
+    for name, field in ServerSettings.model_fields.items():
+        flag = "MODEL" if name == "model" else f"`{flag_of(name)}`"
+        lines.append(f"| {flag} | `{ENV_PREFIX}{name.upper()}` | {default_text(field)} | {field.description} |")
+    return "\n".join([*lines, ""])
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting: ``max_rank`` → ``--max-rank``."""
+    return "--" + name.replace("_", "-")
+
+
+def default_text(field: FieldInfo) -> str:
+    """A setting's default as its documentation shows it."""
+    if field.is_required():
+        return "required"
+    if field.default_factory is not None:
+        return "the user's data folder"
+    if field.default is None or field.default == ():
+        return "none"
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    if isinstance(field.default, ByteSize):
+        return field.default.human_readable(decimal=False)
+    return str(field.default)
+
+
+def is_list(field: FieldInfo) -> bool:
+    """Whether the setting's flag may be repeated."""
+    return len(get_args(field.annotation)) == 2 and get_args(field.annotation)[1] is Ellipsis
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise SettingsError(f"--config {path} must map names of settings to values")
+    return {str(name).replace("-", "_"): value for name, value in data.items()}
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {name}"
+    if first["type"] == "missing":
+        return f"{name} is required"
+    return f"{flag_of(name)}: {message[:1].lower() + message[1:]}"

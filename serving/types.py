@@ -1,0 +1,238 @@
+"""The vocabulary of the server: plain messages and the Protocols through which the folders meet.
+
+Imports nothing but the standard library, so that every folder may import it; it knows no tensors and no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+Role = Literal["tenant", "operator"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request: a tenant's name and the roles its key carries."""
+
+    tenant: str
+    roles: frozenset[Role]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request turns logits into tokens. Ranges are checked where a request enters (`serving/api`).
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 and `min_p` 0 keep every token; `seed` None draws one.
+    `max_tokens` counts generated tokens; `min_tokens` bans end of text and stop tokens until that many are out.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One row for the engine. `revision` is the full content hash of a resident adapter; None is the base model."""
+
+    request_id: str
+    tenant: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationEvent:
+    """What one step did for one request.
+
+    `text` is the newly decoded text (may be empty while a character is incomplete), `token_ids` the tokens behind it.
+    The last event of a request has a `finish_reason`; with "error", `error` says why in words fit for a stranger.
+    """
+
+    request_id: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the API may say of the base model."""
+
+    base_id: str
+    max_model_len: int
+    vocab_size: int
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionInfo:
+    """One immutable content of an adapter. `revision` is the first 16 hex digits of its content hash."""
+
+    revision: str
+    bytes: int
+    created: int
+    resident: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """An adapter as its tenant sees it. `shared` ones belong to the operator and are visible to all."""
+
+    name: str
+    active_revision: str
+    revisions: tuple[RevisionInfo, ...]
+    created: int
+    shared: bool
+    is_default: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultAdapter:
+    """What a tenant's requests use when they name none. `revision` None follows the adapter's active revision."""
+
+    name: str
+    revision: str | None
+
+
+class Pin(Protocol):
+    """A revision held for one request: it stays resident until `release`, which may be called more than once."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def revision(self) -> str:
+        """The 16 hex digits shown to clients."""
+    @property
+    def content_hash(self) -> str:
+        """The full hash, the key of every memory of this content."""
+    def release(self) -> None: ...
+
+
+class AdapterCatalog(Protocol):
+    """Names → revisions, for each tenant. Calls may read files and validate: run them off the event loop.
+
+    Errors are `serving.errors`: `ModelNotFound` for what does not exist or is not the caller's (the same words for
+    both), `PermissionDenied` for a tenant changing a shared adapter, `InvalidAdapter` and `IncompatibleAdapter`
+    for content, `InvalidValue` with param `name` for a name outside the grammar.
+    """
+
+    def pin(self, tenant: str, name: str, revision: str | None = None) -> Pin: ...
+    def pin_default(self, tenant: str) -> Pin | None:
+        """The tenant's default adapter, None if it never set one; `ModelNotFound` once the one it set is deleted."""
+    def list(self, tenant: str) -> Sequence[AdapterInfo]: ...
+    def get(self, tenant: str, name: str) -> AdapterInfo: ...
+    def add(
+        self, caller: Caller, name: str, config: bytes, weights: bytes, *, shared: bool = False
+    ) -> tuple[AdapterInfo, RevisionInfo, bool]:
+        """Validate, store, make active. The flag says whether this content is new under this name."""
+    def add_from_path(self, name: str, path: str, *, replace: bool = False) -> tuple[AdapterInfo, RevisionInfo, bool]:
+        """Register a shared adapter from a folder that lies under one of the operator's adapter roots."""
+    def activate(self, caller: Caller, name: str, revision: str) -> AdapterInfo: ...
+    def delete(self, caller: Caller, name: str) -> None: ...
+    def delete_revision(self, caller: Caller, name: str, revision: str) -> None: ...
+    def delete_shared(self, name: str) -> None: ...
+    def set_default(self, tenant: str, name: str | None, revision: str | None = None) -> DefaultAdapter | None: ...
+
+
+class TextCodec(Protocol):
+    """Text ↔ tokens of the base model. Thread-safe; slow on long texts: run it off the event loop."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The chat template applied, generation prompt included. `InvalidValue` where the template refuses."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Gauges of the engine, read by /metrics and by tests."""
+
+    requests_running: int = 0
+    requests_waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    slots_used: int = 0
+    slots_total: int = 0
+    preemptions: int = 0
+
+
+class GenerationStream(Protocol):
+    """The events of one request, ending after the one that carries a `finish_reason`."""
+
+    def __aiter__(self) -> AsyncIterator[GenerationEvent]: ...
+
+
+class EngineClient(Protocol):
+    """The engine as the API sees it. Every method returns at once and may be called from the event loop."""
+
+    def submit(self, request: GenerationRequest) -> GenerationStream:
+        """Queue a request. `Overloaded` when the server's queue is full, `RateLimitExceeded` when the tenant's is,
+        `EngineUnavailable` when the engine is dead, `Draining` when it is shutting down."""
+    def abort(self, request_id: str) -> None:
+        """End a request; unknown ids are ignored."""
+    def stats(self) -> EngineStats: ...
+    @property
+    def healthy(self) -> bool: ...
+
+
+class EngineObserver(Protocol):
+    """What the engine reports while it works; `serving/metrics.py` implements it. Called on the engine's thread."""
+
+    def on_admitted(self, waited_seconds: float) -> None: ...
+    def on_first_token(self, seconds: float) -> None: ...
+    def on_next_token(self, seconds: float) -> None: ...
+    def on_finished(self, reason: FinishReason, seconds: float, prompt_tokens: int, generated_tokens: int) -> None: ...
+    def on_step(self, phase: Literal["prefill", "decode", "mixed"], seconds: float, rows: int, adapters: int) -> None: ...
+    def on_compose(self, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the engine needs to start. Lengths are tokens, memory is bytes; None lets the engine choose.
+
+    `model` is a hub id, a folder, a `.gguf` file or ``demo``; `dtype` is ``auto``, ``float32``, ``bfloat16`` or
+    ``float16``; `adapter_dtype` is that of the composed A and B; `adapter_slots` counts slot 0 and defaults to
+    `max_batch_size` + 1, so that a request never waits for a slot.
+    """
+
+    model: str
+    served_model_name: str | None = None
+    chat_template: str | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    max_batch_size: int = 32
+    max_model_len: int | None = None
+    max_batched_tokens: int = 512
+    max_queue: int = 4096
+    max_queue_per_tenant: int = 512
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    max_rank: int = 16
+    adapter_slots: int | None = None
+    adapter_dtype: str = "float32"

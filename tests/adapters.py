@@ -1,0 +1,104 @@
+"""Small sound adapters as bytes, and a catalog on a folder, for the tests of `serving/adapters`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from serving.adapters.catalog import FileCatalog
+from serving.adapters.residency import Residency
+from serving.adapters.state import JsonCatalogStore
+from serving.adapters.storage import LocalStorage
+from serving.types import Caller
+from vblora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterCheckpoint, TopKModule, write_adapter
+from vblora.compact import ModuleShape, SlotLayout
+from vblora.config import VBLoRAConfig
+from vblora.mixture import topk_mixture
+
+LAYOUT = SlotLayout({"layers.0.q_proj": ModuleShape(16, 8), "layers.0.v_proj": ModuleShape(16, 16)}, max_rank=8)
+ANN = Caller("ann", frozenset({"tenant"}))
+BOB = Caller("bob", frozenset({"tenant"}))
+OPERATOR = Caller("boss", frozenset({"tenant", "operator"}))
+
+Files = tuple[bytes, bytes]
+
+
+def small_checkpoint(seed: int = 0, *, rank: int = 2, bank_seed: int = 0) -> AdapterCheckpoint:
+    """A top-k adapter that fits `LAYOUT` up to rank 8; adapters of one `bank_seed` share a bank of 16 vectors of 8."""
+    generator = torch.Generator().manual_seed(seed)
+    bank = torch.rand(16, 8, generator=torch.Generator().manual_seed(1000 + bank_seed)) - 0.5
+    modules = {
+        name: TopKModule(
+            a=topk_mixture(torch.randn(rank, shape.in_features // 8, 16, generator=generator), 2),
+            b=topk_mixture(torch.randn(shape.out_features // 8, rank, 16, generator=generator), 2),
+        )
+        for name, shape in LAYOUT.modules.items()
+    }
+    config = VBLoRAConfig(
+        r=rank,
+        num_vectors=16,
+        vector_length=8,
+        topk=2,
+        target_modules=["q_proj", "v_proj"],
+        save_only_topk_weights=True,
+    )
+    return AdapterCheckpoint(config=config, bank=bank, modules=modules, extras={}).topk()
+
+
+@cache
+def adapter_files(seed: int = 0, *, rank: int = 2, bank_seed: int = 0) -> Files:
+    """The bytes of config and weights of `small_checkpoint`."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder), small_checkpoint(seed, rank=rank, bank_seed=bank_seed))
+        return (Path(folder) / CONFIG_FILE).read_bytes(), (Path(folder) / WEIGHTS_FILE).read_bytes()
+
+
+def with_config(files: Files, **changes: object) -> Files:
+    """The same files with entries of the configuration changed."""
+    return json.dumps({**json.loads(files[0]), **changes}).encode(), files[1]
+
+
+def write_files(folder: Path, files: Files) -> Path:
+    """Write the two files into `folder`, which it returns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_bytes(files[0])
+    (folder / WEIGHTS_FILE).write_bytes(files[1])
+    return folder
+
+
+@dataclass
+class Site:
+    """A data folder and the parts of a catalog on it; `restart` opens the same folder with an empty memory."""
+
+    data: Path
+    roots: tuple[Path, ...] = ()
+    keep_revisions: int = 10
+    residency: Residency = field(init=False)
+    storage: LocalStorage = field(init=False)
+    catalog: FileCatalog = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> FileCatalog:
+        self.residency = Residency()
+        self.storage = LocalStorage(self.data / "adapters")
+        self.catalog = FileCatalog(
+            JsonCatalogStore(self.data / "catalog.json"),
+            self.storage,
+            self.residency,
+            LAYOUT.compact,
+            adapter_roots=self.roots,
+            reserved={"tiny"},
+            keep_revisions=self.keep_revisions,
+        )
+        return self.catalog
+
+    def stored(self) -> set[str]:
+        """The revisions whose bytes lie on the disk."""
+        return {content_hash[:16] for content_hash in self.storage.sizes()}

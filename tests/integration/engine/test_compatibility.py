@@ -1,0 +1,105 @@
+"""What would run wrong is refused at start, what runs right is served: tiny random models of many families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from serving.engine.model_runner import ModelRunner
+from serving.errors import StartupError
+from serving.types import EngineSettings
+from tests.support import tiny_model
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SERVED: dict[str, dict[str, Any]] = {
+    "LlamaConfig": {}, "Qwen2Config": {}, "Qwen3Config": {}, "MistralConfig": {"sliding_window": 5}, "Phi3Config": {},
+    "MixtralConfig": {"num_local_experts": 2}, "Gemma2Config": {"sliding_window": 5, "query_pre_attn_scalar": 8},
+    "Gemma3TextConfig": {"sliding_window": 5, "query_pre_attn_scalar": 8}, "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "GPTNeoXConfig": {}, "OPTConfig": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "Olmo2Config": {}, "CohereConfig": {}, "GraniteConfig": {},
+    "SmolLM3Config": {}, "PhiConfig": {}, "Starcoder2Config": {}, "StableLmConfig": {}, "NemotronConfig": {},
+    "GptOssConfig": {"num_local_experts": 2, "sliding_window": 5, "num_experts_per_tok": 1},
+}  # fmt: skip
+REFUSED = {
+    "FalconConfig": {"head_dim": None},
+    "BloomConfig": {"n_head": 4},
+    "MptConfig": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "T5Config": {},
+}
+
+
+def build(name: str, overrides: dict[str, Any]) -> PreTrainedModel:
+    fields = {field: value for field, value in {**SMALL, **overrides}.items() if value is not None}
+    config = getattr(transformers, name)(**fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind = transformers.T5ForConditionalGeneration if name == "T5Config" else None
+        model = kind(config) if kind else AutoModelForCausalLM.from_config(config)
+    return model.float().eval()
+
+
+def run(model: PreTrainedModel, **settings: Any) -> ModelRunner:
+    return ModelRunner(model, EngineSettings(model="tiny", kv_cache_bytes=1 << 20, max_batch_size=4, **settings))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_decoders_of_the_attention_interface_are_served(name: str) -> None:
+    runner = run(build(name, SERVED[name]))
+    assert runner.layout.modules
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_would_let_requests_see_each_other_are_refused(name: str) -> None:
+    with pytest.raises(StartupError):
+        run(build(name, REFUSED[name]))
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_rotary_positions_that_follow_the_longest_request_are_refused(rope: str) -> None:
+    model = tiny_model("llama")
+    model.config.rope_parameters = {"rope_type": rope, "rope_theta": 10_000.0, "factor": 2.0}
+    with pytest.raises(StartupError, match=f"{rope} rotary positions"):
+        run(model)
+
+
+def test_chunked_layers_are_refused() -> None:
+    model = tiny_model("gemma3")
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(StartupError, match="chunked_attention"):
+        run(model)
+
+
+def test_a_batch_that_leaks_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last line of defence: break the masks and the model must not be served."""
+    from serving.engine import attention
+
+    def everything(self: Any, index: int, window: int | None) -> Any:
+        span, positions = self.spans[index], self._slots[index]
+        return attention._Gather(positions, torch.ones(span.length, len(positions), dtype=torch.bool))
+
+    monkeypatch.setattr(attention.AttentionStep, "prefilling", everything)
+    with pytest.raises(StartupError, match="other logits in a batch than alone"):
+        run(tiny_model("llama"))
+
+
+def test_learned_positions_bound_the_context() -> None:
+    assert run(tiny_model("gpt2", n_positions=64)).max_model_len == 64
+    with pytest.raises(StartupError, match="positions end at 64"):
+        run(tiny_model("gpt2", n_positions=64), max_model_len=65)
+
+
+def test_the_context_shrinks_to_the_cache_when_nobody_set_it() -> None:
+    runner = run(tiny_model("llama", max_position_embeddings=100_000))
+    assert runner.max_model_len == runner.num_blocks * runner.block_size < 100_000
+
+
+def test_the_output_layer_is_not_adapted() -> None:
+    layout = run(tiny_model("llama")).layout
+    assert layout.output_layer == "lm_head" and "lm_head" not in layout.modules

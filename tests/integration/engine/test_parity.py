@@ -1,0 +1,171 @@
+"""Every request of a mixed batch gets the tokens of `generate` on the base with that one adapter merged.
+
+Float32, greedy. Before comparing, each test makes sure that it could fail: that attention, the adapter, the right
+adapter and the window each matter to more than half of the tokens, that no choice was a near tie, and that requests
+were preempted on the way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from serving.adapters.residency import Residency
+from serving.engine.core import EngineCore
+from serving.engine.engine import SilentObserver
+from serving.engine.model_runner import ModelRunner
+from serving.types import EngineSettings, GenerationRequest, SamplingParams
+from tests.support import FAMILIES, random_adapter, tiny_model, tiny_tokenizer
+from vblora.model import VBLoRAModel
+from vblora.checkpoint import AdapterCheckpoint, content_hash, write_adapter
+
+NEW_TOKENS = 20
+BLOCK_SIZE = 8
+CACHE_BLOCKS = 14  # of 8 tokens: one request of full length, but not the twelve below
+MAX_MODEL_LEN = 96
+PROMPT_LENGTHS = (3, 50, 9, 31, 70, 5, 22, 41, 13, 60, 2, 27)
+LEAST_GAP = 1e-4
+ATTENTION = {"gpt2": ("attn.c_attn", "attn.c_proj")}
+EVERYTHING = {"gpt2": ("c_attn", "c_proj", "c_fc")}
+DEFAULT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+DEFAULT_EVERYTHING = (*DEFAULT_ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+def adapters_for(model: PreTrainedModel, family: str) -> list[AdapterCheckpoint]:
+    everything = EVERYTHING.get(family, DEFAULT_EVERYTHING)
+    attention = ATTENTION.get(family, DEFAULT_ATTENTION)
+    return [
+        random_adapter(model, rank=2, num_vectors=24, vector_length=8, topk=1, targets=everything, seed=1),
+        random_adapter(model, rank=4, num_vectors=16, vector_length=16, topk=2, targets=everything, seed=2),
+        random_adapter(model, rank=8, num_vectors=40, vector_length=32, topk=3, targets=everything, seed=3),
+        random_adapter(model, rank=4, num_vectors=300, vector_length=8, topk=2, targets=attention, seed=4),
+        random_adapter(model, rank=8, num_vectors=24, vector_length=8, topk=4, targets=everything, seed=5),
+    ]
+
+
+def merged(model: PreTrainedModel, adapter: AdapterCheckpoint | None, folder: Path) -> PreTrainedModel:
+    base = copy.deepcopy(model)
+    if adapter is None:
+        return base
+    write_adapter(folder, adapter)
+    result = VBLoRAModel.from_pretrained(base, folder).merge_and_unload()
+    assert isinstance(result, PreTrainedModel)
+    return result
+
+
+def generate(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[list[int], float]:
+    """transformers' greedy tokens, and the least distance between the two best logits on the way."""
+    model.set_attn_implementation("eager")
+    model.generation_config.eos_token_id = None
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.stack([step[0] for step in output.logits]).topk(2).values
+    return output.sequences[0, len(prompt) :].tolist(), float((best[:, 0] - best[:, 1]).min())
+
+
+def without_attention(model: PreTrainedModel) -> PreTrainedModel:
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if name.endswith((".o_proj", "attn.c_proj")):
+            nn.init.zeros_(module.weight)
+    return model
+
+
+def without_window(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights with every layer attending to everything."""
+    config = copy.deepcopy(model.config)
+    config.sliding_window = 10_000
+    wide = type(model)(config).eval()
+    wide.load_state_dict(model.state_dict())
+    return wide
+
+
+def changed(tokens: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> float:
+    """The share of tokens that differ."""
+    pairs = [a != b for row, other in zip(tokens, others, strict=True) for a, b in zip(row, other, strict=True)]
+    return sum(pairs) / len(pairs)
+
+
+def serve(
+    model: PreTrainedModel, adapters: list[AdapterCheckpoint], work: Sequence[tuple[int | None, list[int]]]
+) -> tuple[list[list[int]], int]:
+    """Run the work through the engine, two requests arriving every third step; returns tokens and preemptions."""
+    settings = EngineSettings(
+        model="tiny", max_batch_size=8, max_batched_tokens=24, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN, max_rank=8,
+        kv_cache_bytes=CACHE_BLOCKS * BLOCK_SIZE * bytes_per_token(model),
+    )  # fmt: skip
+    runner = ModelRunner(copy.deepcopy(model), settings)
+    residency = Residency()
+    for adapter in adapters:
+        residency.put(content_hash(adapter), runner.layout.compact(adapter))
+    core = EngineCore(
+        runner, tiny_tokenizer().backend_tokenizer, frozenset({1}), residency, settings, SilentObserver()
+    )
+    waiting = list(enumerate(work))
+    tokens: list[list[int]] = [[] for _ in work]
+    step = 0
+    while waiting or core.has_work:
+        if step % 3 == 0:
+            for index, (which, prompt) in waiting[:2]:
+                revision = None if which is None else content_hash(adapters[which])
+                if revision:
+                    residency.pin(revision)
+                params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+                core.add(GenerationRequest(str(index), "default", tuple(prompt), params, revision), 0.0)
+            waiting = waiting[2:]
+        for event in core.step():
+            assert event.finish_reason in (None, "length"), event
+            tokens[int(event.request_id)] += event.token_ids
+        step += 1
+    stats = core.stats()
+    assert stats.kv_blocks_used == stats.slots_used == stats.requests_running == 0
+    return tokens, stats.preemptions
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_batch_equals_generate_on_merged_models(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    adapters = adapters_for(model, family)
+    generator = torch.Generator().manual_seed(11)
+    prompts = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+    which = [None if index % 6 == 5 else index % 6 for index in range(len(prompts))]
+    models = {index: merged(model, None if index is None else adapters[index], tmp_path / str(index)) for index in set(which)}  # fmt: skip
+
+    expected, gaps = zip(*(generate(models[w], prompt) for w, prompt in zip(which, prompts, strict=True)), strict=True)
+    adapted = [index for index, w in enumerate(which) if w is not None]
+
+    def share_changed(rows: Sequence[int], other: dict[int, PreTrainedModel]) -> float:
+        return changed([expected[row] for row in rows], [generate(other[row], prompts[row])[0] for row in rows])
+
+    everyone = range(len(prompts))
+    assert min(gaps) >= LEAST_GAP
+    assert share_changed(everyone, {row: without_attention(models[which[row]]) for row in everyone}) > 0.5
+    assert share_changed(adapted, {row: models[None] for row in adapted}) > 0.5
+    neighbour = {row: models[(which[row] + 1) % len(adapters)] for row in adapted}
+    assert share_changed(adapted, neighbour) > 0.5
+    if getattr(model.config, "sliding_window", None):
+        assert share_changed(everyone, {row: without_window(models[which[row]]) for row in everyone}) > 0.5
+
+    tokens, preemptions = serve(model, adapters, list(zip(which, prompts, strict=True)))
+    assert preemptions > 0
+    assert tokens == list(expected)

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+
+from serving.errors import ModelNotFound
+from tests.adapters import ANN, OPERATOR, Site, adapter_files
+
+SEEDS = range(5)
+
+
+def assert_consistent(site: Site) -> None:
+    """Nothing is pinned; memory and disk hold what the catalog names, and nothing else."""
+    named = {revision.revision for info in site.catalog.list("ann") for revision in info.revisions}
+    hashes = site.storage.sizes()
+    assert {content_hash[:16] for content_hash in hashes} == named
+    assert all(site.residency.pins(content_hash) == 0 for content_hash in hashes)
+    resident = sum(content_hash in site.residency for content_hash in hashes)
+    assert site.residency.stats().adapters == resident
+
+
+def attempt(call: Callable[[], None]) -> bool:
+    """Whether the call found what it asked for: others may have deleted it."""
+    try:
+        call()
+    except ModelNotFound:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pinning_adding_and_deleting_one_name_at_a_time(site: Site, shared: bool) -> None:
+    site.keep_revisions = 2
+    catalog = site.restart()
+    chance = random.Random(0)
+
+    def pin() -> None:
+        held = catalog.pin("ann", "x")
+        assert site.residency.get(held.content_hash).rank == 2
+        held.release()
+        held.release()
+
+    def pin_default() -> None:
+        held = catalog.pin_default("ann")
+        if held is not None:
+            assert held.content_hash in site.residency
+            held.release()
+
+    def change() -> None:
+        chance.choice(
+            [
+                lambda: catalog.delete(OPERATOR if shared else ANN, "x"),
+                lambda: catalog.set_default("ann", "x"),
+                lambda: catalog.activate(
+                    OPERATOR if shared else ANN, "x", catalog.get("ann", "x").revisions[0].revision
+                ),
+            ]
+        )()
+
+    def add() -> None:
+        catalog.add(OPERATOR if shared else ANN, "x", *adapter_files(chance.choice(SEEDS)), shared=shared)
+
+    written = Event()
+
+    def write(call: Callable[[], None]) -> int:
+        return sum(attempt(call) for _ in range(15))
+
+    def read(call: Callable[[], None]) -> int:
+        done = 0
+        while not (written.is_set() and done):
+            done += attempt(call)
+        return done
+
+    add()
+    with ThreadPoolExecutor(8) as pool:
+        readers = [pool.submit(read, call) for call in (pin, pin, pin, pin_default)]
+        writers = [pool.submit(write, call) for call in (change, change, add, add)]
+        assert [writer.result(60) for writer in writers[2:]] == [15, 15]
+        assert all(writer.result(60) for writer in writers[:2])
+        add()
+        catalog.set_default("ann", "x")
+        written.set()
+        assert all(reader.result(60) for reader in readers)
+    assert_consistent(site)
+    site.restart()
+    assert_consistent(site)
+    catalog = site.catalog
+    for info in catalog.list("ann"):
+        catalog.pin("ann", info.name).release()
+    assert_consistent(site)
+
+
+def test_a_cold_start_of_many_readers_and_a_deleter(site: Site) -> None:
+    for round_ in range(6):
+        site.catalog.add(ANN, "x", *adapter_files(1))
+        catalog = site.restart()
+
+        def pin() -> bool:
+            try:
+                catalog.pin("ann", "x").release()  # noqa: B023
+            except ModelNotFound:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            pins = [pool.submit(pin) for _ in range(7)]
+            if round_ % 2:
+                pool.submit(catalog.delete, ANN, "x").result()
+        if not round_ % 2:
+            assert all(pin.result() for pin in pins)
+        assert_consistent(site)
+
+
+def test_a_slow_read_stalls_neither_requests_nor_changes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.catalog.add(ANN, "slow", *adapter_files(1))
+    slow = site.catalog.pin("ann", "slow").content_hash
+    site.catalog.add(ANN, "fast", *adapter_files(2))
+    catalog = site.restart()
+    reading, go = Event(), Event()
+    get = site.storage.get
+
+    def slow_get(content_hash: str) -> tuple[bytes, bytes]:
+        if content_hash == slow:
+            reading.set()
+            assert go.wait(10)
+        return get(content_hash)
+
+    monkeypatch.setattr(site.storage, "get", slow_get)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(catalog.pin, "ann", "slow")
+        assert reading.wait(10)
+        catalog.pin("ann", "fast").release()
+        catalog.add(ANN, "new", *adapter_files(3))
+        catalog.delete(ANN, "new")
+        assert not waiting.done()
+        go.set()
+        waiting.result(10).release()
+    assert_consistent(site)
+
+
+def test_what_is_deleted_while_it_is_read_is_not_found(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.catalog.add(ANN, "x", *adapter_files(1))
+    catalog = site.restart()
+    get = site.storage.get
+
+    def get_then_delete(content_hash: str) -> tuple[bytes, bytes]:
+        files = get(content_hash)
+        catalog.delete(ANN, "x")
+        return files
+
+    monkeypatch.setattr(site.storage, "get", get_then_delete)
+    with pytest.raises(ModelNotFound):
+        catalog.pin("ann", "x")
+    assert site.residency.stats().adapters == 0
+
+
+def test_what_is_replaced_while_it_is_read_gives_the_new_content(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.catalog.add(ANN, "x", *adapter_files(1))
+    catalog = site.restart()
+    get = site.storage.get
+
+    def get_then_replace(content_hash: str) -> tuple[bytes, bytes]:
+        files = get(content_hash)
+        catalog.add(ANN, "x", *adapter_files(2))
+        return files
+
+    monkeypatch.setattr(site.storage, "get", get_then_replace)
+    pin = catalog.pin("ann", "x")
+    assert pin.revision == catalog.get("ann", "x").active_revision
+    assert site.residency.stats().adapters == 1

@@ -1,0 +1,66 @@
+"""Paged attention over scattered blocks against dense attention computed the long way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.engine.attention import AttentionOptions, AttentionStep, PagedLayer, Span
+
+HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 8, 4
+TABLES = ([7, 2, 9], [1, 8, 3], [4, 0, 5])
+LENGTHS = (10, 6, 11)  # tokens so far
+NEW = (1, 1, 7)  # of which these are new: two decode rows and a chunk
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, start: int, options: AttentionOptions) -> Tensor:
+    """One request: query (new, heads, size), key and value (all, kv heads, size)."""
+    key, value = (tensor.repeat_interleave(HEADS // KV_HEADS, dim=1) for tensor in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * options.scaling
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    position, past = torch.arange(start, start + len(query))[:, None], torch.arange(len(key))
+    hidden = past > position
+    if options.window:
+        hidden |= position - past >= options.window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if options.sinks is not None:
+        sinks = options.sinks[:, None, None].expand(-1, len(query), 1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        AttentionOptions(0.3),
+        AttentionOptions(0.3, window=3),
+        AttentionOptions(0.3, softcap=2.0),
+        AttentionOptions(0.3, window=4, softcap=2.0),
+        AttentionOptions(0.3, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    ],
+    ids=["full", "window", "softcap", "window and softcap", "sinks"],
+)
+def test_paged_attention_equals_dense_attention(options: AttentionOptions) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = PagedLayer(10 * BLOCK, (KV_HEADS, SIZE), (KV_HEADS, SIZE))
+    keys = [torch.randn(n, KV_HEADS, SIZE, generator=generator) for n in LENGTHS]
+    values = [torch.randn(n, KV_HEADS, SIZE, generator=generator) for n in LENGTHS]
+    queries = [torch.randn(n, HEADS, SIZE, generator=generator) for n in NEW]
+    for table, length, new, key, value in zip(TABLES, LENGTHS, NEW, keys, values, strict=True):
+        if length > new:
+            old = AttentionStep([Span(list(table), 0, length - new)], BLOCK, torch.device("cpu"))
+            layer.keys[old.targets], layer.values[old.targets] = key[: length - new], value[: length - new]
+    spans = [Span(list(t), length - new, new) for t, length, new in zip(TABLES, LENGTHS, NEW, strict=True)]
+    layer.step = AttentionStep(spans, BLOCK, torch.device("cpu"))
+    flat = [
+        torch.cat([part[-new:] for part, new in zip(parts, NEW, strict=True)]).transpose(0, 1)[None]
+        for parts in (queries, keys, values)
+    ]
+    got = layer.attend(flat[0], flat[1], flat[2], options)[0].split(NEW)
+    for index, (length, new) in enumerate(zip(LENGTHS, NEW, strict=True)):
+        expected = dense(queries[index], keys[index], values[index], length - new, options)
+        assert torch.allclose(got[index], expected, atol=1e-5)

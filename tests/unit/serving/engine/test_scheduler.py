@@ -1,0 +1,155 @@
+"""The scheduler alone: real blocks and slots, no model. `run` plays the part of the model and adds a token."""
+
+from __future__ import annotations
+
+import itertools
+
+from serving.adapters.slots import SlotPool
+from serving.engine.blocks import BlockManager
+from serving.engine.detokenizer import Detokenizer
+from serving.engine.request import RequestState, StepPlan
+from serving.engine.scheduler import Scheduler
+from serving.types import GenerationRequest, SamplingParams
+from tests.support import tiny_tokenizer
+
+BLOCK = 4
+ORDER = itertools.count()
+
+
+def scheduler(blocks: int = 100, slots: int = 9, rows: int = 8, tokens: int = 16) -> Scheduler:
+    return Scheduler(BlockManager(blocks, BLOCK), SlotPool(slots), max_batch_size=rows, max_batched_tokens=tokens)
+
+
+def state(length: int, tenant: str = "default", revision: str | None = None) -> RequestState:
+    order = next(ORDER)
+    request = GenerationRequest(str(order), tenant, tuple(range(length)), SamplingParams(max_tokens=50), revision)
+    detokenizer = Detokenizer(tiny_tokenizer().backend_tokenizer)
+    return RequestState(request, detokenizer, seed=0, arrived=0.0, order=order, tokens=list(range(length)))
+
+
+def run(plan: StepPlan) -> None:
+    for chunk in plan.chunks:
+        chunk.state.computed = chunk.end
+    for sampled in plan.sampling:
+        sampled.tokens.append(0)
+
+
+def lengths(plan: StepPlan) -> list[int]:
+    return [chunk.length for chunk in plan.chunks]
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_and_samples_at_its_end() -> None:
+    subject = scheduler(tokens=16)
+    subject.add(long := state(40))
+    sampled = []
+    for expected in (16, 16, 8):
+        plan = subject.schedule()
+        assert lengths(plan) == [expected]
+        sampled.append(bool(plan.sampling))
+        run(plan)
+    assert sampled == [False, False, True]
+    assert lengths(subject.schedule()) == [1] and long.num_generated == 1
+
+
+def test_decoding_rows_go_before_prefill_and_share_its_step() -> None:
+    subject = scheduler(tokens=16)
+    subject.add(state(3))
+    run(subject.schedule())
+    subject.add(state(40))
+    plan = subject.schedule()
+    assert lengths(plan) == [1, 15]
+
+
+def test_the_newest_is_preempted_and_the_oldest_always_progresses() -> None:
+    subject = scheduler(blocks=4, tokens=64)
+    old, new = state(7), state(7)
+    subject.add(old)
+    subject.add(new)
+    for _ in range(2):
+        run(subject.schedule())
+    plan = subject.schedule()
+    assert [chunk.state for chunk in plan.chunks] == [old]
+    assert subject.preemptions == 1 and new.computed == 0 and new.block_table == []
+    assert new.num_generated == 2
+    before = old.num_generated
+    run(plan)
+    assert old.num_generated == before + 1
+
+
+def test_a_preempted_request_computes_all_its_tokens_again_and_samples_once() -> None:
+    subject = scheduler(tokens=64)
+    subject.add(only := state(5))
+    for _ in range(3):
+        run(subject.schedule())
+    subject.preempt(only)
+    plan = subject.schedule()
+    assert lengths(plan) == [8] and plan.sampling == [only]
+
+
+def test_a_preempted_request_comes_back_before_those_that_came_later() -> None:
+    subject = scheduler(rows=1)
+    first, second = state(3), state(3)
+    subject.add(first)
+    subject.add(second)
+    run(subject.schedule())
+    subject.preempt(first)
+    assert [chunk.state for chunk in subject.schedule().chunks] == [first]
+
+
+def test_requests_wait_for_a_slot_when_all_hold_other_revisions() -> None:
+    subject = scheduler(slots=2)
+    a, b = state(3, revision="a"), state(3, revision="b")
+    subject.add(a)
+    subject.add(b)
+    plan = subject.schedule()
+    assert [chunk.state for chunk in plan.chunks] == [a]
+    assert [(fill.slot, fill.revision) for fill in plan.fills] == [(1, "a")]
+    run(plan)
+    subject.remove(a)
+    plan = subject.schedule()
+    assert [chunk.state for chunk in plan.chunks] == [b]
+    assert [(fill.slot, fill.revision) for fill in plan.fills] == [(1, "b")]
+
+
+def test_the_tenant_served_least_is_admitted_next() -> None:
+    subject = scheduler(rows=1, tokens=64)
+    for tenant, length in (("greedy", 20), ("greedy", 20), ("modest", 5), ("modest", 5), ("modest", 5)):
+        subject.add(state(length, tenant))
+    order = []
+    while subject.has_work:
+        plan = subject.schedule()
+        order.append(plan.chunks[0].state.request.tenant)
+        run(plan)
+        subject.remove(plan.chunks[0].state)
+    assert order == ["greedy", "modest", "modest", "modest", "greedy"]
+
+
+def test_idleness_earns_no_credit() -> None:
+    subject = scheduler(rows=1, tokens=64)
+    busy = [state(10, "busy") for _ in range(6)]
+    for entry in busy:
+        subject.add(entry)
+    for entry in busy[:3]:
+        run(subject.schedule())
+        subject.remove(entry)
+    late = [state(10, "late") for _ in range(3)]
+    for entry in late:
+        subject.add(entry)
+    served = []
+    for _ in range(4):
+        plan = subject.schedule()
+        served.append(plan.chunks[0].state.request.tenant)
+        run(plan)
+        subject.remove(plan.chunks[0].state)
+    assert sorted(served) == ["busy", "busy", "late", "late"]
+
+
+def test_everything_is_given_back_at_the_end() -> None:
+    subject = scheduler(blocks=20)
+    states = [state(5, revision=str(index % 3)) for index in range(6)]
+    for entry in states:
+        subject.add(entry)
+    run(subject.schedule())
+    for entry in states:
+        subject.remove(entry)
+    assert subject.blocks.num_free == 20 and subject.slots.used == 0 and not subject.has_work

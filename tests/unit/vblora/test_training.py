@@ -1,0 +1,198 @@
+"""Training on tiny models: the loss and its gradient, learning, determinism, resuming, banks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
+
+from tests.support import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from vblora import CheckpointError, ConfigError, DataError, TargetError, VBLoRAConfig, VBLoRAModel, VectorBank
+from vblora.checkpoint import content_hash, read_adapter
+from vblora.data import Batch, Row
+from vblora.integrations.base_models import BaseModel
+from vblora.snapshot import SNAPSHOT_FILE
+from vblora.training import TrainingOptions, TrainingReport, batch_loss, evaluate_loss, head_loss, schedule, train
+
+ROWS = [
+    Row({"prompt": f"name: {name} | food: {food}", "completion": f" {name} serves {food} food."}, f"rows:{number}")
+    for number, (name, food) in enumerate(
+        [("Aroma", "Thai"), ("Cotto", "Greek"), ("Eagle", "Indian"), ("Vaults", "French"), ("Mill", "Thai")], 1
+    )
+]
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "pad_token_id": 2,
+}
+
+
+def base(family: str = "llama") -> BaseModel:
+    return BaseModel("tiny", tiny_model(family), tiny_tokenizer())
+
+
+def config(**values: Any) -> VBLoRAConfig:
+    return VBLoRAConfig(
+        **{"num_vectors": 16, "vector_length": 16, "target_modules": "all-linear", "vblora_dropout": 0.1, **values}
+    )
+
+
+def options(**values: Any) -> TrainingOptions:
+    return TrainingOptions(**{"max_steps": 12, "batch_size": 2, "save_steps": 0, "eval_fraction": 0.2, **values})
+
+
+def families() -> dict[str, PreTrainedModel]:
+    torch.manual_seed(0)
+    return {
+        **{family: tiny_model(family) for family in ("llama", "gpt2", "gemma2", "gemma3")},
+        "cohere": CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.25)).eval(),
+        "granite": GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)).eval(),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3", "cohere", "granite"])
+def test_the_loss_is_that_of_the_whole_model(family: str) -> None:
+    model = families()[family]
+    ids = torch.randint(3, VOCAB_SIZE, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    labels = torch.where((torch.arange(12) > 4) & (mask == 1), ids.roll(-1, 1), -100)
+    labels[0, 11] = labels[1, 7] = -100
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        loss, count = batch_loss(model, Batch(ids, mask, labels))
+    assert count == int((labels != -100).sum())
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+
+
+def test_the_gradient_is_that_of_all_logits_at_once() -> None:
+    model = tiny_model("gemma2")
+    hidden = torch.randn(300, 64, requires_grad=True)
+    labels = torch.randint(VOCAB_SIZE, (300,))
+    (found,) = torch.autograd.grad(head_loss(model, hidden, labels) / 300, hidden)
+    capped = torch.tanh(model.lm_head(hidden) / 10) * 10
+    (wanted,) = torch.autograd.grad(F.cross_entropy(capped, labels), hidden)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_unlabelled_positions_never_get_logits() -> None:
+    model = tiny_model()
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    labels = torch.full((2, 200), -100)
+    labels[:, 50:130] = 5
+    batch_loss(model, Batch(torch.ones_like(labels), torch.ones_like(labels), labels))
+    assert sum(seen) == 160
+    assert max(seen) <= 128
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_training_lowers_the_loss_and_writes_the_adapter(family: str, tmp_path: Path) -> None:
+    model = base(family)
+    before = evaluate_loss(model.model, model.tokenizer, ROWS)
+    report = train(model, config(), ROWS, tmp_path, options(max_steps=60, bank_lr=1e-2), eval_rows=ROWS)
+    assert report.held_out_after is not None
+    assert report.held_out_after < before - 0.3
+    fresh = VBLoRAModel.from_pretrained(tiny_model(family), tmp_path)
+    assert evaluate_loss(fresh, model.tokenizer, [dict(row.values) for row in ROWS]) == pytest.approx(
+        report.held_out_after, rel=1e-5
+    )
+    saved = json.loads((tmp_path / "training.json").read_text())
+    assert saved["report"]["losses"] == report.losses
+    assert saved["options"]["seed"] == 0
+    checkpoint = read_adapter(tmp_path)
+    assert checkpoint.config.base_model_name_or_path == "tiny"
+    assert checkpoint.config.task_type == "CAUSAL_LM"
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(base(), config(), ROWS, tmp_path / name, options(seed=seed))
+    a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    whole = train(base(), config(), ROWS, tmp_path / "whole", options(save_steps=5))
+
+    def interrupt(report: TrainingReport) -> None:
+        if len(report.losses) == 7:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(base(), config(), ROWS, tmp_path / "cut", options(save_steps=5), on_step=interrupt)
+    assert (tmp_path / "cut" / SNAPSHOT_FILE).exists()
+    with pytest.raises(CheckpointError, match="other settings or other data"):
+        train(base(), config(r=2), ROWS, tmp_path / "cut", options(save_steps=5), resume=True)
+    resumed = train(base(), config(), ROWS, tmp_path / "cut", options(save_steps=5), resume=True)
+    assert resumed == whole
+    whole_hash, cut_hash = (content_hash(read_adapter(tmp_path / name)) for name in ("whole", "cut"))
+    assert whole_hash == cut_hash
+    assert not (tmp_path / "cut" / SNAPSHOT_FILE.parent).exists()
+
+
+def test_nothing_or_damage_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        train(base(), config(), ROWS, tmp_path, options(), resume=True)
+    (tmp_path / SNAPSHOT_FILE).parent.mkdir()
+    (tmp_path / SNAPSHOT_FILE).write_bytes(b"12345678")
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(base(), config(), ROWS, tmp_path, options(), resume=True)
+
+
+def test_a_frozen_bank_is_written_as_it_was(tmp_path: Path) -> None:
+    bank = VectorBank.random(16, 16, 0.5)
+    before = bank.hash
+    train(base(), config(), ROWS, tmp_path, options(), bank=bank, freeze_bank=True)
+    assert bank.hash == before == VectorBank.load(tmp_path).hash
+    train(base(), config(), ROWS, tmp_path, options(), bank=bank)
+    with pytest.raises(ConfigError, match="needs a bank"):
+        train(base(), config(), ROWS, tmp_path, options(), freeze_bank=True)
+
+
+def test_topk_only_output(tmp_path: Path) -> None:
+    train(base(), config(save_only_topk_weights=True), ROWS, tmp_path, options(max_steps=1))
+    assert not read_adapter(tmp_path).trainable
+
+
+def test_schedule_climbs_and_falls() -> None:
+    factors = [schedule(step, 10, 0.2) for step in range(10)]
+    assert factors == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert schedule(0, 1, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"epochs": 0}, {"max_steps": 0}, {"batch_size": 0}, {"logits_lr": -1.0}, {"warmup_ratio": 1.0}, {"seed": -1}],
+)
+def test_bad_options(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        TrainingOptions(**values)
+
+
+def test_steps_follow_epochs_unless_given() -> None:
+    assert TrainingOptions(epochs=3, batch_size=4).steps(9) == 9
+    assert TrainingOptions(max_steps=5).steps(9) == 5
+
+
+def test_bad_rows_and_lengths_stop_before_anything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="rows:9"):
+        train(base(), config(), [*ROWS, Row({"prompt": 3, "completion": ""}, "rows:9")], out, options())
+    with pytest.raises(TargetError, match=r"lengths that divide all 14 targets: 1, 2, 4, 8, 16, 32$"):
+        train(base(), config(vector_length=48), ROWS, out, options())
+    assert not out.exists()

@@ -1,0 +1,178 @@
+"""Find the linear layers that an adapter targets, check that they fit, wrap and unwrap them.
+
+Knows names and shapes of modules; draws no weights and reads no files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import nn
+
+from vblora.checkpoint import AdapterCheckpoint, TopKModule
+from vblora.compact import ModuleShape, linear_shape, output_layer_name
+from vblora.config import Names, VBLoRAConfig
+from vblora.errors import CheckpointError, ConfigError, TargetError
+from vblora.layer import AdaptedLinear
+
+ALL_LINEAR = "all-linear"
+DEFAULT_TARGETS: Mapping[str, Names] = {
+    architecture: targets
+    for architectures, targets in (
+        (("llama", "llama4", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "olmo2"), ["q_proj", "v_proj"]),
+        (("gemma", "gemma2", "gemma3_text", "granite", "stablelm", "gptj", "gpt_neo"), ["q_proj", "v_proj"]),
+        (("gemma4",), r".*language_model\..*\.(q_proj|v_proj)"),
+        (("gpt2", "gpt_bigcode"), ["c_attn"]),
+        (("bloom", "gpt_neox"), ["query_key_value"]),
+        (("nemotron_h",), ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        (("opt", "bart"), ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+        (("bert", "roberta"), ["query", "value"]),
+        (("deberta",), ["in_proj"]),
+        (("deberta-v2",), ["query_proj", "key_proj", "value_proj", "dense"]),
+        (("t5",), ["q", "k", "v", "o", "wi", "wo"]),
+        (("mt5",), ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]),
+    )
+    for architecture in architectures
+}
+
+
+def check_supported(config: VBLoRAConfig) -> None:
+    """Raise `ConfigError`, naming the field, for what a model cannot be given."""
+    if config.bias != "none":
+        raise ConfigError(f'bias: "{config.bias}" is not supported, only "none"')
+    for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):
+        if getattr(config, name):
+            raise ConfigError(f"{name} is not supported")
+    if config.layers_to_transform is not None:
+        raise ConfigError("layers_to_transform is not supported")
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        raise ConfigError(f"task_type: {config.task_type} is not supported, because its classifier head is not")
+
+
+def find_targets(model: nn.Module, config: VBLoRAConfig) -> dict[str, ModuleShape]:
+    """The targets of an adapter by their paths in the base model, as if nothing was wrapped.
+
+    Raises `TargetError` if there is none, one is no linear layer, or one is not divisible by the vector length;
+    `ConfigError` for a bad pattern, or when no targets are given and none are known for this architecture.
+    """
+    check_supported(config)
+    wanted = _default_targets(model) if config.target_modules is None else config.target_modules
+    modules = dict(_base_modules(model))
+    if wanted == ALL_LINEAR:
+        output = output_layer_name(model)
+        names = [name for name, module in modules.items() if linear_shape(module) and name != output]
+    else:
+        names = [name for name in modules if _matches(name, wanted, "target_modules")]
+    names = [name for name in names if not _matches(name, config.exclude_modules, "exclude_modules")]
+    if not names:
+        raise TargetError(f"target_modules: no module of the base model matches {wanted!r}")
+    shapes = {name: _shape(name, modules[name]) for name in names}
+    check_divisible(shapes, config.vector_length)
+    return shapes
+
+
+def check_divisible(shapes: Mapping[str, ModuleShape], vector_length: int) -> None:
+    """Raise `TargetError` naming the first target that `vector_length` does not divide, and the lengths that would."""
+    common = math.gcd(*(size for shape in shapes.values() for size in shape))
+    if common % vector_length == 0:
+        return
+    name, shape = next(item for item in shapes.items() if any(size % vector_length for size in item[1]))
+    fitting = ", ".join(str(length) for length in range(1, common + 1) if common % length == 0)
+    raise TargetError(
+        f"vector_length {vector_length} does not divide both sizes of {name} (in {shape.in_features}, "
+        f"out {shape.out_features}); lengths that divide all {len(shapes)} targets: {fitting}"
+    )
+
+
+def short_names(model: nn.Module, targets: Collection[str]) -> list[str]:
+    """A list of names that targets exactly these modules: the last parts of their paths where that is enough."""
+    leaves = sorted({path.rpartition(".")[2] for path in targets})
+    matched = {name for name, _ in _base_modules(model) if _matches(name, leaves, "target_modules")}
+    return leaves if matched == set(targets) else sorted(targets)
+
+
+def check_modules(checkpoint: AdapterCheckpoint, shapes: Mapping[str, ModuleShape]) -> None:
+    """Raise unless a file holds exactly the targeted modules (`CheckpointError`) in their sizes (`TargetError`)."""
+    for fault, names in (
+        ("the file has no tensors for", shapes.keys() - checkpoint.modules.keys()),
+        ("the configuration does not target", checkpoint.modules.keys() - shapes.keys()),
+    ):
+        if names:
+            raise CheckpointError(f"target_modules: {fault} {len(names)} modules, {min(names)} among them")
+    length = checkpoint.config.vector_length
+    for name, module in checkpoint.modules.items():
+        a, b = (module.a.indices, module.b.indices) if isinstance(module, TopKModule) else (module.a, module.b)
+        found = ModuleShape(a.shape[1] * length, b.shape[0] * length)
+        if found != shapes[name]:
+            raise TargetError(f"{name}: {_sizes(found)} in the adapter, {_sizes(shapes[name])} in the base model")
+
+
+def _sizes(shape: ModuleShape) -> str:
+    return f"in {shape.in_features}, out {shape.out_features}"
+
+
+def base_layer(model: nn.Module, path: str) -> nn.Module:
+    """The linear layer at `path`, wrapped or not."""
+    module = model.get_submodule(path)
+    return module.base_layer if isinstance(module, AdaptedLinear) else module
+
+
+def wrap(model: nn.Module, path: str) -> AdaptedLinear:
+    """The adapted layer at `path`, made if it is not there yet."""
+    module = model.get_submodule(path)
+    if isinstance(module, AdaptedLinear):
+        return module
+    layer = AdaptedLinear(module)
+    _replace(model, path, layer)
+    return layer
+
+
+def unwrap(model: nn.Module, path: str) -> None:
+    """Put the base layer back at `path`."""
+    layer = model.get_submodule(path)
+    assert isinstance(layer, AdaptedLinear)
+    _replace(model, path, layer.base_layer)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        if isinstance(module, AdaptedLinear):
+            inside, module = f"{name}.", module.base_layer
+        if name:
+            yield name, module
+
+
+def _matches(name: str, wanted: Names, field: str) -> bool:
+    """A string is a regular expression for the whole name; a list holds names and suffixes after a dot."""
+    if isinstance(wanted, str):
+        try:
+            return re.fullmatch(wanted, name) is not None
+        except re.error as error:
+            raise ConfigError(f"{field}: {wanted!r} is not a regular expression: {error}") from error
+    return any(name == entry or name.endswith(f".{entry}") for entry in wanted or ())
+
+
+def _shape(name: str, module: nn.Module) -> ModuleShape:
+    shape = linear_shape(module)
+    if shape is None:
+        raise TargetError(
+            f"target_modules: {name} is a {type(module).__name__}, not a torch.nn.Linear or a transformers Conv1D"
+        )
+    return shape
+
+
+def _default_targets(model: nn.Module) -> Names:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(kind, str) or kind not in DEFAULT_TARGETS:
+        raise ConfigError(f"target_modules must be given: none are known for the architecture {kind!r}")
+    return DEFAULT_TARGETS[kind]

@@ -1,0 +1,175 @@
+"""One linear layer with adapters: `y = base(x) + Σ dropout(x) Aᵀ Bᵀ` over the active ones. Slow and trainable.
+
+Knows its base layer, its adapters and their banks; not the model around it, nor rows with different adapters (those
+are `batched`'s, whose reference this is). There is no scaling factor.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vblora.bank import VectorBank
+from vblora.checkpoint import LogitsModule, TopKModule
+from vblora.config import VBLoRAConfig
+from vblora.mixture import TopK, compose, matrix_a, matrix_b, topk_mixture
+
+
+def module_key(adapter_name: str) -> str:
+    """A name for torch's containers, which refuse dots and some words; different adapters have different keys."""
+    return "adapter_" + quote(adapter_name, safe="").replace(".", "%2E")
+
+
+class LayerAdapter(nn.Module, ABC):
+    """One adapter's share of one layer; the bank stays the model's, and is only referred to here."""
+
+    def __init__(self, bank: VectorBank, dropout: float) -> None:
+        super().__init__()
+        self._bank = (bank,)  # in a tuple, so that torch does not register it once a layer
+        self.dropout = nn.Dropout(dropout)
+        self._composed: tuple[object, tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def bank(self) -> VectorBank:
+        return self._bank[0]
+
+    @property
+    @abstractmethod
+    def content(self) -> LogitsModule | TopKModule:
+        """What a checkpoint keeps of it."""
+
+    @abstractmethod
+    def mixtures(self) -> tuple[TopK, TopK]:
+        """The top-k metadata of A and of B."""
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r). Without gradients they are composed once and kept until a tensor changes."""
+        state = None if torch.is_grad_enabled() else self._state()
+        if state is None:
+            self._composed = None
+            return self._compose()
+        if self._composed is None or self._composed[0] != state:
+            self._composed = state, self._compose()
+        return self._composed[1]
+
+    def delta(self, x: Tensor) -> Tensor:
+        """`dropout(x) Aᵀ Bᵀ`: x (…, in) → (…, out), in the adapter's dtype."""
+        a, b = self.matrices()
+        return F.linear(F.linear(self.dropout(x.to(a.dtype)), a), b)
+
+    def _compose(self) -> tuple[Tensor, Tensor]:
+        mixture_a, mixture_b = self.mixtures()
+        bank = self.bank.vectors.to(mixture_a.weights.device)
+        return matrix_a(compose(mixture_a, bank)), matrix_b(compose(mixture_b, bank))
+
+    def _state(self) -> object:
+        """Changes whenever a tensor does; None where torch does not count changes."""
+        tensors = (self.bank.vectors, *self.parameters(), *self.buffers())
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+
+
+class LogitsAdapter(LayerAdapter):
+    """A trainable adapter: parameters `logits_a` (r, in/b, h) and `logits_b` (out/b, r, h)."""
+
+    def __init__(self, bank: VectorBank, content: LogitsModule, topk: int, dropout: float) -> None:
+        super().__init__(bank, dropout)
+        self.topk = topk
+        self.logits_a = nn.Parameter(content.a)
+        self.logits_b = nn.Parameter(content.b)
+
+    @classmethod
+    def random(
+        cls, bank: VectorBank, config: VBLoRAConfig, in_features: int, out_features: int, device: torch.device
+    ) -> LogitsAdapter:
+        """Logits drawn from N(0, init_logits_std), from torch's default random stream."""
+        tiles_in, tiles_out = in_features // config.vector_length, out_features // config.vector_length
+        a = torch.empty(config.r, tiles_in, config.num_vectors, device=device)
+        b = torch.empty(tiles_out, config.r, config.num_vectors, device=device)
+        for logits in (a, b):
+            logits.normal_(0, config.init_logits_std)
+        return cls(bank, LogitsModule(a, b), config.topk, config.vblora_dropout)
+
+    @property
+    def content(self) -> LogitsModule:
+        return LogitsModule(self.logits_a.detach(), self.logits_b.detach())
+
+    def mixtures(self) -> tuple[TopK, TopK]:
+        return topk_mixture(self.logits_a, self.topk), topk_mixture(self.logits_b, self.topk)
+
+
+class TopKAdapter(LayerAdapter):
+    """An adapter for inference: top-k metadata in buffers, never made dense."""
+
+    indices_a: Tensor
+    weights_a: Tensor
+    indices_b: Tensor
+    weights_b: Tensor
+
+    def __init__(self, bank: VectorBank, content: TopKModule, dropout: float) -> None:
+        super().__init__(bank, dropout)
+        for side, mixture in (("a", content.a), ("b", content.b)):
+            self.register_buffer(f"indices_{side}", mixture.indices)
+            self.register_buffer(f"weights_{side}", mixture.weights)
+
+    @property
+    def content(self) -> TopKModule:
+        return TopKModule(*self.mixtures())
+
+    def mixtures(self) -> tuple[TopK, TopK]:
+        return TopK(self.indices_a, self.weights_a), TopK(self.indices_b, self.weights_b)
+
+
+class AdaptedLinear(nn.Module):
+    """Wraps a linear layer. `active` and `merged` name adapters; those that do not target this layer are skipped.
+
+    `original_weight` is the base layer's own parameter while a sum of weights and deltas stands in for it.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active: list[str] = []
+        self.merged: list[str] = []
+        self.enabled = True
+        self.original_weight: tuple[nn.Parameter] | None = None  # in a tuple: torch must not register it
+        self.train(base_layer.training)
+
+    def adapter(self, name: str) -> LayerAdapter | None:
+        """What the adapter of this name adds here, None if it does not target this layer."""
+        key = module_key(name)
+        if key not in self.adapters:
+            return None
+        found = self.adapters[key]
+        assert isinstance(found, LayerAdapter)
+        return found
+
+    def targeted_by(self, names: Sequence[str]) -> list[LayerAdapter]:
+        """Those of the named adapters that target this layer."""
+        return [adapter for name in names if (adapter := self.adapter(name)) is not None]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return result
+        y = result
+        for adapter in self.targeted_by([name for name in self.active if name not in self.merged]):
+            y = y + adapter.delta(x)
+        return y.to(result.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """Models ask their layers for `weight`, `in_features` and the like: the base layer answers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)

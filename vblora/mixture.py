@@ -1,0 +1,55 @@
+"""The equations of VB-LoRA: logits → top-k metadata → sub-vectors → A and B. Pure functions that know no modules.
+
+Source: Li et al., "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks", arXiv 2405.15179. With bank
+rows `α_i` and logits `σ` of one sub-vector, the sub-vector is `Σ_{i in top k} softmax(σ_top)_i · α_i`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The mixture of each sub-vector: `indices` (…, k) of an integer dtype, `weights` (…, k) that sum to one."""
+
+    indices: Tensor
+    weights: Tensor
+
+
+def topk_mixture(logits: Tensor, k: int) -> TopK:
+    """The k largest of `logits` (…, h) and the softmax over those k only; weights are differentiable, descending."""
+    values, indices = logits.topk(k, dim=-1)
+    return TopK(indices, torch.softmax(values, dim=-1))
+
+
+def compose(mixture: TopK, bank: Tensor) -> Tensor:
+    """The sub-vectors (…, b) of a mixture over a `bank` (h, b); differentiable in weights and bank."""
+    indices, weights = mixture.indices, mixture.weights
+    k = indices.shape[-1]
+    flat = F.embedding_bag(
+        indices.reshape(-1, k).long(), bank, per_sample_weights=weights.reshape(-1, k).to(bank.dtype), mode="sum"
+    )
+    return flat.reshape(*indices.shape[:-1], bank.shape[1])
+
+
+def matrix_a(sub_a: Tensor) -> Tensor:
+    """A (r, in) from its sub-vectors (r, in/b, b): `A[q, j·b:(j+1)·b] = sub_a[q, j]`."""
+    return sub_a.flatten(1)
+
+
+def matrix_b(sub_b: Tensor) -> Tensor:
+    """B (out, r) from its sub-vectors (out/b, r, b): `B[j·b:(j+1)·b, q] = sub_b[j, q]`."""
+    return sub_b.transpose(1, 2).flatten(0, 1)
+
+
+def index_dtype(num_vectors: int) -> torch.dtype:
+    """The smallest integer dtype that holds every index below `num_vectors`."""
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        if num_vectors - 1 <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int64
