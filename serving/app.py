@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,6 +33,7 @@ from serving.tenancy.authenticator import OpenAuthenticator
 
 DEMO_MODEL = "demo"
 CLOSE_SECONDS = 5.0
+_log = logging.getLogger(__name__)
 
 
 def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAPI:
@@ -70,19 +73,24 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
 
 def serve(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises `StartupError`."""
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        ssl_certfile=settings.ssl_certfile,
-        ssl_keyfile=settings.ssl_keyfile,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
-    DrainingServer(config, app.state.context.lifecycle, settings.drain_timeout).run()
+    with _bind(settings.host, settings.port) as listener:
+        app = create_app(settings)
+        config = uvicorn.Config(
+            app,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+        context: ApiContext = app.state.context
+        try:
+            config.load()
+        except OSError as error:
+            raise StartupError(f"the certificate or its key cannot be used: {error}") from error
+        _log.info("serving %s on %s", context.card.base_id, _address(settings, listener))
+        DrainingServer(config, context.lifecycle, settings.drain_timeout).run(sockets=[listener])
 
 
 class DrainingServer(uvicorn.Server):
@@ -111,12 +119,28 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that does not listen yet, taken before the model is loaded so that a taken port is known at once."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise StartupError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return listener
+
+
+def _address(settings: ServerSettings, listener: socket.socket) -> str:
+    scheme = "https" if settings.ssl_certfile else "http"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{scheme}://{host}:{listener.getsockname()[1]}"
+
+
 def _open_catalog(settings: ServerSettings, engine: Engine) -> FileCatalog:
     """The registry of this base model, with the adapters of the settings in it. Each base has a folder of its own:
     adapters fit one base only."""
-    folder = (
-        settings.data_dir / "adapters" / (re.sub(r"[^A-Za-z0-9._-]+", "--", engine.card.base_id).strip(".") or "base")
-    )
+    folder = settings.data_dir / "adapters" / re.sub(r"[^A-Za-z0-9_-]+", "-", engine.card.base_id)
     try:
         catalog = FileCatalog(
             JsonCatalogStore(folder / "catalog.json"),

@@ -144,9 +144,11 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         text = f"{field.description} Default: {default_text(field)}."
         spelling = f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag
         declaration = typer.Option(spelling, help=text, show_default=False)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, declaration], default=None
-    )
+    return _keyword(name, Annotated[kind, declaration])
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None)
 
 
 def _declare_run() -> None:
@@ -154,9 +156,7 @@ def _declare_run() -> None:
     config = typer.Option("--config", help="YAML file of settings.", show_default=False)
     parameters = [
         *(_option(name, field) for name, field in ServerSettings.model_fields.items()),
-        inspect.Parameter(
-            "config", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Path | None, config], default=None
-        ),
+        _keyword("config", Annotated[Path | None, config]),
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

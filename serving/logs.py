@@ -21,6 +21,7 @@ def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
+        _drop_uvicorn_colours,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     handler = logging.StreamHandler(stream)
@@ -36,6 +37,11 @@ def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
     logging.getLogger("uvicorn.access").disabled = True
     for chatty in ("httpx", "httpcore", "transformers", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _drop_uvicorn_colours(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    event.pop("color_message", None)
+    return event
 
 
 def _rendering(stream: TextIO) -> list[structlog.typing.Processor]:

@@ -81,8 +81,8 @@ class AdapterSlots:
         views = {}
         for name, shape, start in self.layout.starts(bucket):
             middle, end = start + bucket * shape.in_features, start + bucket * (shape.in_features + shape.out_features)
-            a = table[:, start:middle].unflatten(1, (bucket, shape.in_features))
-            views[name] = a, table[:, middle:end].unflatten(1, (bucket, shape.out_features))
+            a = table[:, start:middle].view(self.num_slots, bucket, shape.in_features)
+            views[name] = a, table[:, middle:end].view(self.num_slots, bucket, shape.out_features)
         return views
 
     @torch.no_grad()

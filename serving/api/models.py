@@ -24,16 +24,14 @@ router = APIRouter(tags=["models"])
 async def list_models(context: Context, caller: CallerOf) -> ModelList:
     """The base model and the adapters that the caller may use."""
     adapters = await to_thread.run_sync(context.catalog.list, caller.tenant)
-    entries = [
-        ModelEntry.of_adapter(context.card, info, id=info.name, revision=info.active_revision) for info in adapters
-    ]
+    entries = [ModelEntry.of_adapter(context.card, info, info.name, info.active_revision) for info in adapters]
     return ModelList(data=[ModelEntry.of_base(context.card), *entries])
 
 
-@router.get("/v1/models/{id:path}")
-async def get_model(id: str, context: Context, caller: CallerOf) -> ModelEntry:
+@router.get("/v1/models/{model:path}")
+async def get_model(model: str, context: Context, caller: CallerOf) -> ModelEntry:
     """One of them, under any name that the `model` field of a request takes."""
-    return await to_thread.run_sync(_entry, context, caller, id)
+    return await to_thread.run_sync(_entry, context, caller, model)
 
 
 @router.post("/tokenize", openapi_extra=request_body(TokenizeBody))
@@ -53,15 +51,15 @@ async def detokenize(
     return DetokenizeReply(prompt=await to_thread.run_sync(_text, context, caller, body))
 
 
-def _entry(context: ApiContext, caller: Caller, id: str) -> ModelEntry:
-    ref = parse_model(id, context.card.base_id)
+def _entry(context: ApiContext, caller: Caller, model: str) -> ModelEntry:
+    ref = parse_model(model, context.card.base_id)
     if ref is None:
         return ModelEntry.of_base(context.card)
     info = context.catalog.get(caller.tenant, ref.name)
     revision = ref.revision or info.active_revision
     if revision not in {entry.revision for entry in info.revisions}:
-        raise ModelNotFound(f"the model `{id}` does not exist")
-    return ModelEntry.of_adapter(context.card, info, id=id, revision=revision)
+        raise ModelNotFound(f"The model {model!r} does not exist.")
+    return ModelEntry.of_adapter(context.card, info, model, revision)
 
 
 def _tokens(context: ApiContext, caller: Caller, body: TokenizeBody) -> list[int]:

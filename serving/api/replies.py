@@ -82,9 +82,9 @@ class ModelEntry(BaseModel):
         )
 
     @classmethod
-    def of_adapter(cls, card: ModelCard, info: AdapterInfo, *, id: str, revision: str) -> ModelEntry:
+    def of_adapter(cls, card: ModelCard, info: AdapterInfo, model: str, revision: str) -> ModelEntry:
         return cls(
-            id=id,
+            id=model,
             created=info.created,
             root=f"{info.name}@{revision}",
             parent=card.base_id,

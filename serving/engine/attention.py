@@ -89,7 +89,7 @@ class PagedLayer:
         self.step: AttentionStep | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        """Write the step's keys and values (1, kv heads, tokens, size), then attend. Returns (1, tokens, heads, size)."""
+        """Write the step's keys and values (1, kv heads, tokens, size), then attend: (1, tokens, heads, size)."""
         step = self.step
         assert step is not None, "a forward outside of a step"
         self.keys[step.targets] = key[0].transpose(0, 1).to(self.keys.dtype)
@@ -99,7 +99,8 @@ class PagedLayer:
         if step.num_decoding:
             gather = step.decoding(options.window)
             keys, values = self.keys[gather.positions], self.values[gather.positions]
-            outputs.append(grouped_attention(queries[: step.num_decoding, None], keys, values, gather.mask[:, None], options)[:, 0])  # fmt: skip
+            rows = queries[: step.num_decoding, None]
+            outputs.append(grouped_attention(rows, keys, values, gather.mask[:, None], options)[:, 0])
         start = step.num_decoding
         for index in range(step.num_decoding, len(step.spans)):
             end = start + step.spans[index].length
@@ -129,11 +130,12 @@ class AttentionOptions:
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
     """Attention by two batched products: query (n, queries, heads, d), key and value (n, keys, kv heads, d), mask
     (n, queries, keys). Query heads that share a key head are rows of one product. Returns (n, queries, heads, d)."""
-    n, queries, heads, _ = query.shape
+    n, queries, heads, size = query.shape
     kv_heads = key.shape[2]
-    grouped = query.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (n, kv, group · queries, d)
+    group = heads // kv_heads
+    grouped = query.reshape(n, queries, kv_heads, group, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores = (grouped @ key.permute(0, 2, 3, 1)).float() * options.scaling
-    scores = scores.unflatten(2, (heads // kv_heads, queries))
+    scores = scores.reshape(n, kv_heads, group, queries, -1)
     if options.softcap is not None:
         scores = torch.tanh(scores / options.softcap) * options.softcap
     scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
@@ -142,8 +144,8 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o
         weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    output = weights.to(value.dtype).flatten(2, 3) @ value.transpose(1, 2)
-    return output.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    output = weights.to(value.dtype).flatten(2, 3) @ value.transpose(1, 2)  # (n, kv, group · queries, size of a value)
+    return output.reshape(n, kv_heads, group, queries, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:

@@ -32,7 +32,6 @@ class BlockManager:
             self._references[block] = 1
             table.append(block)
 
-
     def release(self, table: list[int]) -> None:
         """Drop a table's hold on its blocks and empty it."""
         for block in reversed(table):

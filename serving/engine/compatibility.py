@@ -156,7 +156,9 @@ def record_forward(model: PreTrainedModel) -> ForwardRecord:
     tokens = torch.cat(probe_tokens(model)).to(model.device)
     record = ForwardRecord(len(tokens))
     with _recording(model, record):
-        model(input_ids=tokens[None], position_ids=torch.arange(len(tokens), device=model.device)[None], use_cache=False)
+        model(
+            input_ids=tokens[None], position_ids=torch.arange(len(tokens), device=model.device)[None], use_cache=False
+        )
     layers = text_config(model).num_hidden_layers
     if len(record.attention) != layers:
         raise StartupError(

@@ -10,7 +10,6 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -22,7 +21,7 @@ from serving.engine.model_runner import ModelRunner
 from serving.engine.request import Finish, RequestState, StepPlan
 from serving.engine.sampler import sample
 from serving.engine.scheduler import Scheduler
-from serving.types import EngineObserver, EngineSettings, EngineStats, GenerationEvent, GenerationRequest
+from serving.types import EngineObserver, EngineSettings, EngineStats, GenerationEvent, GenerationRequest, StepPhase
 
 log = logging.getLogger(__name__)
 
@@ -148,9 +147,7 @@ class EngineCore:
             self._observer.on_next_token(now - state.last_token)
         state.last_token = now
 
-    def _finish(
-        self, state: RequestState, finish: Finish, text: str = "", token: int | None = None
-    ) -> GenerationEvent:
+    def _finish(self, state: RequestState, finish: Finish, text: str = "", token: int | None = None) -> GenerationEvent:
         self.scheduler.remove(state)
         del self._requests[state.id]
         if state.request.revision is not None:
@@ -179,8 +176,6 @@ class EngineCore:
 
     def _report(self, plan: StepPlan, seconds: float) -> None:
         decoding = sum(chunk.length == 1 for chunk in plan.chunks)
-        phase: Literal["prefill", "decode", "mixed"] = (
-            "decode" if decoding == len(plan.chunks) else "mixed" if decoding else "prefill"
-        )
+        phase: StepPhase = "decode" if decoding == len(plan.chunks) else "mixed" if decoding else "prefill"
         adapters = {chunk.state.request.revision for chunk in plan.chunks} - {None}
         self._observer.on_step(phase, seconds, len(plan.chunks), len(adapters))

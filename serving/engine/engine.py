@@ -37,6 +37,7 @@ from serving.types import (
     GenerationEvent,
     GenerationRequest,
     ModelCard,
+    StepPhase,
 )
 from vblora.checkpoint import AdapterCheckpoint, content_hash, read_adapter
 from vblora.errors import VBLoRAError
@@ -56,7 +57,7 @@ class SilentObserver:
     def on_first_token(self, seconds: float) -> None: ...
     def on_next_token(self, seconds: float) -> None: ...
     def on_finished(self, reason: FinishReason, seconds: float, prompt_tokens: int, generated_tokens: int) -> None: ...
-    def on_step(self, phase: str, seconds: float, rows: int, adapters: int) -> None: ...
+    def on_step(self, phase: StepPhase, seconds: float, rows: int, adapters: int) -> None: ...
     def on_compose(self, seconds: float) -> None: ...
 
 
@@ -138,7 +139,7 @@ class Engine:
         self.card = ModelCard(
             base_id=settings.served_model_name or base.base_id,
             max_model_len=runner.max_model_len,
-            vocab_size=int(base.model.get_input_embeddings().weight.shape[0]),
+            vocab_size=base.model.get_input_embeddings().get_parameter("weight").shape[0],
             created=int(time.time()),
         )
         tokenizer = base.tokenizer.backend_tokenizer
@@ -358,7 +359,8 @@ def _hand_over(batch: list[tuple[AsyncStream, GenerationEvent]]) -> None:
 
 
 def _collect(events: queue.SimpleQueue[GenerationEvent]) -> Generation:
-    text, tokens = "", []
+    text = ""
+    tokens: list[int] = []
     while True:
         event = events.get()
         text += event.text
@@ -370,11 +372,7 @@ def _collect(events: queue.SimpleQueue[GenerationEvent]) -> Generation:
 def _end_of_text(base: BaseModel) -> frozenset[int]:
     """Every token that the model's files call an end of text."""
     ends: set[int] = set()
-    for value in (base.tokenizer.eos_token_id, base.model.config.eos_token_id, _generation_ends(base)):
+    for source in (base.tokenizer, base.model.config, base.model.generation_config):
+        value: int | list[int] | None = getattr(source, "eos_token_id", None)
         ends.update([value] if isinstance(value, int) else value or ())
     return frozenset(ends)
-
-
-def _generation_ends(base: BaseModel) -> int | list[int] | None:
-    config = base.model.generation_config
-    return None if config is None else config.eos_token_id

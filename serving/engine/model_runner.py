@@ -39,7 +39,7 @@ class ModelRunner:
     """
 
     def __init__(self, model: PreTrainedModel, settings: EngineSettings) -> None:
-        self.model = model.eval()
+        self.model = model  # in eval mode, as loaded
         self.block_size = settings.block_size
         check_configuration(model)
         separate = separate_logits(model)

@@ -7,6 +7,7 @@ token from a generator keyed by (seed, position) and the inverse of the cumulati
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -48,7 +49,7 @@ def argmax(logits: Tensor) -> Tensor:
     vocabulary = logits.shape[-1]
     if vocabulary % ARGMAX_BLOCK:
         return logits.argmax(-1)
-    blocks = logits.unflatten(-1, (-1, ARGMAX_BLOCK))
+    blocks = logits.reshape(len(logits), -1, ARGMAX_BLOCK)
     best = blocks.amax(-1).argmax(-1)
     winners = blocks[torch.arange(len(logits), device=logits.device), best]
     return best * ARGMAX_BLOCK + winners.argmax(-1)
@@ -72,8 +73,10 @@ def adjust(row: Tensor, state: RequestState, end_of_text: frozenset[int]) -> Ten
         values = row[seen]
         row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if (params.presence_penalty or params.frequency_penalty) and state.generated:
-        seen, counts = torch.tensor(state.generated, device=row.device).unique(return_counts=True)
-        row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = Counter(state.generated)
+        seen = torch.tensor(list(counts), device=row.device)
+        often = torch.tensor(list(counts.values()), device=row.device)
+        row[seen] -= params.presence_penalty + params.frequency_penalty * often
     for token, bias in params.logit_bias:
         row[token] += bias
     if state.num_generated < params.min_tokens:

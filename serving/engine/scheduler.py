@@ -20,9 +20,7 @@ class Scheduler:
     one request of full length.
     """
 
-    def __init__(
-        self, blocks: BlockManager, slots: SlotPool, *, max_batch_size: int, max_batched_tokens: int
-    ) -> None:
+    def __init__(self, blocks: BlockManager, slots: SlotPool, *, max_batch_size: int, max_batched_tokens: int) -> None:
         self.blocks = blocks
         self.slots = slots
         self.max_batch_size = max_batch_size
@@ -75,7 +73,7 @@ class Scheduler:
         return StepPlan(tuple(chunks), fills)
 
     def _make_room(self, chunk: Chunk) -> bool:
-        """Give the chunk its blocks, preempting newer requests while there are too few; False if it had to go itself."""
+        """Give the chunk its blocks, preempting newer requests for them; False if it had to go itself."""
         while not self.blocks.can_grow(chunk.state.block_table, chunk.end):
             newest = max(self.running, key=lambda state: state.order)
             self.preempt(newest)

@@ -22,8 +22,10 @@ SMALL: dict[str, Any] = {
 SERVED: dict[str, dict[str, Any]] = {
     "LlamaConfig": {}, "Qwen2Config": {}, "Qwen3Config": {}, "MistralConfig": {"sliding_window": 5}, "Phi3Config": {},
     "MixtralConfig": {"num_local_experts": 2}, "Gemma2Config": {"sliding_window": 5, "query_pre_attn_scalar": 8},
-    "Gemma3TextConfig": {"sliding_window": 5, "query_pre_attn_scalar": 8}, "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4},
-    "GPTNeoXConfig": {}, "OPTConfig": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "Olmo2Config": {}, "CohereConfig": {}, "GraniteConfig": {},
+    "Gemma3TextConfig": {"sliding_window": 5, "query_pre_attn_scalar": 8},
+    "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "GPTNeoXConfig": {}, "OPTConfig": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "Olmo2Config": {}, "CohereConfig": {}, "GraniteConfig": {},
     "SmolLM3Config": {}, "PhiConfig": {}, "Starcoder2Config": {}, "StableLmConfig": {}, "NemotronConfig": {},
     "GptOssConfig": {"num_local_experts": 2, "sliding_window": 5, "num_experts_per_tok": 1},
 }  # fmt: skip
@@ -102,4 +104,5 @@ def test_the_context_shrinks_to_the_cache_when_nobody_set_it() -> None:
 
 def test_the_output_layer_is_not_adapted() -> None:
     layout = run(tiny_model("llama")).layout
-    assert layout.output_layer == "lm_head" and "lm_head" not in layout.modules
+    assert layout.output_layer == "lm_head"
+    assert "lm_head" not in layout.modules

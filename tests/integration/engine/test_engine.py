@@ -34,9 +34,7 @@ def request(
     prompt: str = "the quick", tenant: str = "default", revision: str | None = None, **params: Any
 ) -> GenerationRequest:
     sampling = dataclasses.replace(SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), **params)
-    return GenerationRequest(
-        f"r{next(IDS)}", tenant, tuple(tiny_tokenizer().encode(prompt)), sampling, revision
-    )
+    return GenerationRequest(f"r{next(IDS)}", tenant, tuple(tiny_tokenizer().encode(prompt)), sampling, revision)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -48,7 +46,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 def test_text_is_that_of_the_tokens(engine: Engine) -> None:
     (answer,) = engine.generate([request(max_tokens=30)])
-    assert answer.finish_reason == "length" and len(answer.token_ids) == 30
+    assert answer.finish_reason == "length"
+    assert len(answer.token_ids) == 30
     prompt = tiny_tokenizer().encode("the quick")
     assert "the quick" + answer.text == tiny_tokenizer().decode([*prompt, *answer.token_ids], skip_special_tokens=True)
 
@@ -74,20 +73,24 @@ def test_seeded_sampling_repeats_and_survives_preemption() -> None:
         return answers
 
     assert run(roomy) == run(tight)
-    assert roomy.stats().preemptions == 0 and tight.stats().preemptions > 0
+    assert roomy.stats().preemptions == 0
+    assert tight.stats().preemptions > 0
 
 
 def test_it_ends_at_end_of_text_at_stop_tokens_and_at_stop_strings(engine: Engine) -> None:
     (free,) = engine.generate([request(max_tokens=12)])
     third = free.token_ids[2]
     (stopped,) = engine.generate([request(max_tokens=12, stop_token_ids=(third,))])
-    assert stopped.finish_reason == "stop" and stopped.token_ids == free.token_ids[: free.token_ids.index(third) + 1]
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(third) + 1]
     ending = free.text[2:5]
     (cut,) = engine.generate([request(max_tokens=12, stop=(ending,))])
-    assert cut.finish_reason == "stop" and cut.text == free.text[: free.text.index(ending)]
+    assert cut.finish_reason == "stop"
+    assert cut.text == free.text[: free.text.index(ending)]
     bias = ((tiny_tokenizer().eos_token_id, 1000.0),)
     (ended,) = engine.generate([request(max_tokens=12, ignore_eos=False, logit_bias=bias)])
-    assert ended.finish_reason == "stop" and ended.text == ""
+    assert ended.finish_reason == "stop"
+    assert ended.text == ""
 
 
 def test_streams_end_with_a_reason_and_leaving_one_aborts_it(engine: Engine) -> None:
@@ -98,7 +101,8 @@ def test_streams_end_with_a_reason_and_leaving_one_aborts_it(engine: Engine) -> 
     assert engine.stats().requests_running == 1
     stream.close()  # type: ignore[attr-defined]
     wait_for(lambda: engine.stats().requests_running == 0)
-    assert engine.stats().kv_blocks_used == 0 and engine.drained
+    assert engine.stats().kv_blocks_used == 0
+    assert engine.drained
 
 
 def test_events_arrive_on_the_loop_that_submitted(engine: Engine) -> None:
@@ -126,10 +130,12 @@ def test_a_failing_step_ends_its_own_requests_and_no_others(
 
     monkeypatch.setattr(engine.runner, "run", fail_once)
     (failed,) = engine.generate([request()])
-    assert failed.finish_reason == "error" and "secret" not in str(failed.error)
+    assert failed.finish_reason == "error"
+    assert "secret" not in str(failed.error)
     (good,) = engine.generate([request()])
     assert good.finish_reason == "length"
-    assert engine.stats().kv_blocks_used == 0 and engine.healthy
+    assert engine.stats().kv_blocks_used == 0
+    assert engine.healthy
 
 
 def test_an_adapter_that_gives_no_numbers_harms_only_itself(engine: Engine) -> None:
@@ -188,7 +194,8 @@ def test_a_closed_engine_ends_its_streams_and_takes_no_more(engine: Engine) -> N
     next(stream)
     engine.close()
     assert list(stream)[-1].finish_reason == "error"
-    assert engine.residency.pins(adapter) == 0 and not engine.healthy
+    assert engine.residency.pins(adapter) == 0
+    assert not engine.healthy
     with pytest.raises(EngineUnavailable):
         engine.generate([request()])
 

@@ -22,8 +22,8 @@ from serving.engine.engine import SilentObserver
 from serving.engine.model_runner import ModelRunner
 from serving.types import EngineSettings, GenerationRequest, SamplingParams
 from tests.support import FAMILIES, random_adapter, tiny_model, tiny_tokenizer
-from vblora.model import VBLoRAModel
 from vblora.checkpoint import AdapterCheckpoint, content_hash, write_adapter
+from vblora.model import VBLoRAModel
 
 NEW_TOKENS = 20
 BLOCK_SIZE = 8
@@ -104,16 +104,14 @@ def serve(
 ) -> tuple[list[list[int]], int]:
     """Run the work through the engine, two requests arriving every third step; returns tokens and preemptions."""
     settings = EngineSettings(
-        model="tiny", max_batch_size=8, max_batched_tokens=24, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN, max_rank=8,
-        kv_cache_bytes=CACHE_BLOCKS * BLOCK_SIZE * bytes_per_token(model),
+        model="tiny", max_batch_size=8, max_batched_tokens=24, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN,
+        max_rank=8, kv_cache_bytes=CACHE_BLOCKS * BLOCK_SIZE * bytes_per_token(model),
     )  # fmt: skip
     runner = ModelRunner(copy.deepcopy(model), settings)
     residency = Residency()
     for adapter in adapters:
         residency.put(content_hash(adapter), runner.layout.compact(adapter))
-    core = EngineCore(
-        runner, tiny_tokenizer().backend_tokenizer, frozenset({1}), residency, settings, SilentObserver()
-    )
+    core = EngineCore(runner, tiny_tokenizer().backend_tokenizer, frozenset({1}), residency, settings, SilentObserver())
     waiting = list(enumerate(work))
     tokens: list[list[int]] = [[] for _ in work]
     step = 0
@@ -149,7 +147,10 @@ def test_mixed_batch_equals_generate_on_merged_models(family: str, tmp_path: Pat
     generator = torch.Generator().manual_seed(11)
     prompts = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
     which = [None if index % 6 == 5 else index % 6 for index in range(len(prompts))]
-    models = {index: merged(model, None if index is None else adapters[index], tmp_path / str(index)) for index in set(which)}  # fmt: skip
+    choices: list[AdapterCheckpoint | None] = [*adapters, None]
+    models = {
+        index: merged(model, choices[-1 if index is None else index], tmp_path / str(index)) for index in set(which)
+    }
 
     expected, gaps = zip(*(generate(models[w], prompt) for w, prompt in zip(which, prompts, strict=True)), strict=True)
     adapted = [index for index, w in enumerate(which) if w is not None]
@@ -160,7 +161,7 @@ def test_mixed_batch_equals_generate_on_merged_models(family: str, tmp_path: Pat
     everyone = range(len(prompts))
     assert min(gaps) >= LEAST_GAP
     assert share_changed(everyone, {row: without_attention(models[which[row]]) for row in everyone}) > 0.5
-    assert share_changed(adapted, {row: models[None] for row in adapted}) > 0.5
+    assert share_changed(adapted, dict.fromkeys(adapted, models[None])) > 0.5
     neighbour = {row: models[(which[row] + 1) % len(adapters)] for row in adapted}
     assert share_changed(adapted, neighbour) > 0.5
     if getattr(model.config, "sliding_window", None):

@@ -7,7 +7,8 @@ def test_grow_takes_just_the_blocks_that_are_missing() -> None:
     blocks = BlockManager(4, 16)
     table: list[int] = []
     blocks.grow(table, 17)
-    assert len(table) == 2 and blocks.num_free == 2
+    assert len(table) == 2
+    assert blocks.num_free == 2
     blocks.grow(table, 32)
     assert len(table) == 2
     blocks.grow(table, 33)
@@ -28,4 +29,5 @@ def test_released_blocks_serve_again() -> None:
     table: list[int] = []
     blocks.grow(table, 32)
     blocks.release(table)
-    assert table == [] and blocks.num_free == 2
+    assert table == []
+    assert blocks.num_free == 2

@@ -7,7 +7,14 @@ import pytest
 from serving.engine.detokenizer import Detokenizer
 from tests.support import tiny_tokenizer
 
-TEXTS = ["the quick brown fox", "naïve café ☕", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "  leading and trailing  ", "a\nb\tc"]
+TEXTS = [
+    "the quick brown fox",
+    "naïve café ☕",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦 family",
+    "  leading and trailing  ",
+    "a\nb\tc",
+]
 
 
 def core() -> object:
@@ -61,7 +68,8 @@ def test_a_prompt_that_ends_inside_a_character_is_not_repeated() -> None:
 def test_a_stop_string_over_several_tokens_ends_the_text_before_it() -> None:
     detokenizer = Detokenizer(core(), stop=("brown", "zebra"))
     assert "".join(pieces(detokenizer, encode("the quick brown fox"))) == "the quick "
-    assert detokenizer.stopped and detokenizer.finish() == ""
+    assert detokenizer.stopped
+    assert detokenizer.finish() == ""
 
 
 def test_the_first_stop_string_in_the_text_counts() -> None:

@@ -33,9 +33,7 @@ def test_argmax_by_blocks_is_argmax_with_the_lowest_index_of_ties() -> None:
     best = logits.amax(-1)
     expected = [(row == top).nonzero()[0, 0].item() for row, top in zip(logits, best, strict=True)]
     assert argmax(logits).tolist() == expected
-    assert argmax(logits[:, :1000]).tolist() == [
-        (row == row.max()).nonzero()[0, 0].item() for row in logits[:, :1000]
-    ]
+    assert argmax(logits[:, :1000]).tolist() == [(row == row.max()).nonzero()[0, 0].item() for row in logits[:, :1000]]
 
 
 def test_rows_follow_their_own_parameters() -> None:
@@ -103,7 +101,9 @@ def test_a_seed_and_a_position_decide_the_token() -> None:
     tokens = [one(row, state([3], [5] * step, seed=42, temperature=1.0)) for step in range(20)]
     again = [one(row, state([3], [5] * step, seed=42, temperature=1.0)) for step in range(20)]
     other = [one(row, state([3], [5] * step, seed=43, temperature=1.0)) for step in range(20)]
-    assert tokens == again and tokens != other and len(set(tokens)) > 5
+    assert tokens == again
+    assert tokens != other
+    assert len(set(tokens)) > 5
 
 
 def test_neighbours_do_not_change_a_seeded_row() -> None:

@@ -48,7 +48,8 @@ def test_a_long_prompt_is_prefilled_in_chunks_and_samples_at_its_end() -> None:
         sampled.append(bool(plan.sampling))
         run(plan)
     assert sampled == [False, False, True]
-    assert lengths(subject.schedule()) == [1] and long.num_generated == 1
+    assert lengths(subject.schedule()) == [1]
+    assert long.num_generated == 1
 
 
 def test_decoding_rows_go_before_prefill_and_share_its_step() -> None:
@@ -69,7 +70,9 @@ def test_the_newest_is_preempted_and_the_oldest_always_progresses() -> None:
         run(subject.schedule())
     plan = subject.schedule()
     assert [chunk.state for chunk in plan.chunks] == [old]
-    assert subject.preemptions == 1 and new.computed == 0 and new.block_table == []
+    assert subject.preemptions == 1
+    assert new.computed == 0
+    assert new.block_table == []
     assert new.num_generated == 2
     before = old.num_generated
     run(plan)
@@ -83,7 +86,8 @@ def test_a_preempted_request_computes_all_its_tokens_again_and_samples_once() ->
         run(subject.schedule())
     subject.preempt(only)
     plan = subject.schedule()
-    assert lengths(plan) == [8] and plan.sampling == [only]
+    assert lengths(plan) == [8]
+    assert plan.sampling == [only]
 
 
 def test_a_preempted_request_comes_back_before_those_that_came_later() -> None:
@@ -152,4 +156,6 @@ def test_everything_is_given_back_at_the_end() -> None:
     run(subject.schedule())
     for entry in states:
         subject.remove(entry)
-    assert subject.blocks.num_free == 20 and subject.slots.used == 0 and not subject.has_work
+    assert subject.blocks.num_free == 20
+    assert subject.slots.used == 0
+    assert not subject.has_work
