@@ -37,7 +37,7 @@ serve: $(INSTALLED)
 	$(BIN)/vblora-serve run $(MODEL) $(ARGS)
 
 bench: $(INSTALLED)
-	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) $(ARGS) || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

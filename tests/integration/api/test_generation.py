@@ -119,7 +119,8 @@ def test_token_ids_are_taken_as_they_are(server: Server) -> None:
     tokens = tiny_tokenizer()("the fox").input_ids
     expected = server.text()
     assert server.text(prompt=tokens) == expected
-    assert [choice["text"] for choice in server.complete(prompt=[tokens, tokens[1:]]).json()["choices"]][0] == expected
+    both = server.complete(prompt=[tokens, tokens[1:]]).json()["choices"]
+    assert both[0]["text"] == expected != both[1]["text"]
     assert server.text(prompt=tokens[1:]) == server.text(add_special_tokens=False) != expected
 
 
@@ -147,8 +148,7 @@ def test_parameters_reach_the_sampler(server: Server) -> None:
 
 def test_extreme_parameters_end_well(server: Server) -> None:
     for fields in ({"temperature": 1e-300}, {"repetition_penalty": 0.01}, {"seed": 2**63 - 1}, {"seed": -(2**63)}):
-        assert server.complete(temperature=1, **fields).status_code == 200 if "temperature" not in fields else True
-        assert server.complete(**fields).status_code == 200
+        assert server.complete(**({"temperature": 1.5} | fields)).status_code == 200, fields
 
 
 def test_end_of_text_ends_unless_ignored(server: Server) -> None:
