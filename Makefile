@@ -12,7 +12,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PACKAGES := vblora serving
-BENCHMARKS = $(sort $(wildcard benchmarks/bench_*.py))
+BENCHMARKS = $(subst /,.,$(basename $(sort $(wildcard benchmarks/bench_*.py))))
 
 .PHONY: demo test check format serve bench clean
 
@@ -45,5 +45,5 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS) \
-		-c constraints.txt -e '.[demo,train,dev]'
+		-c constraints.txt -e '.[demo,dev]'
 	touch $@

@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from serving.demo import demo_adapters
-from vblora import read_adapter
+from vblora import VBLoRAError, read_adapter
 from vblora.checkpoint import TopKModule
+from vblora.integrations.gguf_cache import converted, demo_source
 
 HOST = "127.0.0.1"
 BASE_ID = "gemma3-270m"
@@ -58,6 +59,9 @@ def run_demo(*, once: bool = False, port: int = 8000, console: Console | None = 
     console = console or Console()
     try:
         _check_port(port)
+        converted(
+            demo_source(), console.print
+        )  # a minute or two the first time: show its progress
         with _server(port) as server:
             _wait_until_ready(server, port)
             _show(console, *asyncio.run(_ask_all(port)))
@@ -65,7 +69,7 @@ def run_demo(*, once: bool = False, port: int = 8000, console: Console | None = 
                 return 0
             console.print(f"\nServing on http://{HOST}:{port} until Ctrl-C. The README has commands to try.")
             return _serve(server)
-    except DemoError as error:
+    except (DemoError, VBLoRAError) as error:
         Console(stderr=True).print(Text(f"demo: {error}"))
         return 1
     except KeyboardInterrupt:
@@ -85,7 +89,7 @@ def _check_port(port: int) -> None:
 def _server(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """The server as a child process, ended with the block whatever happens. It drains on the first signal."""
     command = [sys.executable, "-m", "serving.cli", "run", "demo", "--host", HOST, "--port", str(port)]
-    server = subprocess.Popen(command)
+    server = subprocess.Popen([*command, "--log-level", "warning"])
     previous = signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     try:
         yield server
@@ -100,7 +104,7 @@ def _server(port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
-    """A first start converts the base model, which takes a minute or two: only a dead server ends the wait."""
+    """Loading takes as long as the machine needs: only a dead server ends the wait."""
     while True:
         if (status := server.poll()) is not None:
             raise DemoError(f"the server ended with status {status} before it was ready; its messages are above")

@@ -131,6 +131,14 @@ class Engine:
                 f"the {settings.max_batch_size} requests of max-batch-size"
             )
         runner = ModelRunner(base.model, settings)
+        log.info(
+            "cache: %d tokens, %d bytes; context: %d tokens; adapter slots: %d, up to %d bytes",
+            runner.num_blocks * runner.block_size,
+            runner.num_blocks * runner.block_size * runner.bytes_per_token,
+            runner.max_model_len,
+            runner.slots.num_slots,
+            runner.slots.nbytes,
+        )
         self.settings = settings
         self.layout = runner.layout
         self.runner = runner
