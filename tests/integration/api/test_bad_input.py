@@ -1,9 +1,9 @@
-"""What is refused, with which status, code, param and words, while a request in flight goes on unchanged."""
+"""What is refused, with which status, code, param and words; and that requests in flight do not notice."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,6 @@ from tests.support import CONTEXT, save_random_adapter, tiny_model
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def quiet_text(server: Server) -> str:
-    return server.text(max_tokens=200, model="a0")
-
-
-@pytest.fixture(autouse=True)
-def unaffected_stream(server: Server, quiet_text: str) -> Iterator[None]:
-    """Every test of this module runs beside a stream, whose text is that of a quiet run."""
-    stream = Stream(server, model="a0")
-    yield
-    assert stream.result() == quiet_text
 
 
 def assert_refused(reply: Any, status: int, code: str, param: str | None, words: str) -> None:
@@ -393,6 +380,25 @@ def test_detokenize_takes_tokens_of_the_vocabulary(server: Server) -> None:
     assert_refused(server.post("/detokenize", {"tokens": ["a"]}), 400, "invalid_value", "tokens.0", "valid integer")
     reply = server.post("/detokenize", {"tokens": [1], "model": "nobody"})
     assert_refused(reply, 404, "model_not_found", "model", "does not exist")
+
+
+def test_requests_in_flight_do_not_notice(server: Server, files: Files, tmp_path: Path) -> None:
+    """Bad requests of every kind, over and over, for as long as a stream of each adapter and of the base runs."""
+    models = ["a0", "a1", BASE]
+    quiet = [server.text(model=model, max_tokens=240) for model in models]
+    misfit = upload_of("bad", _edited(files.adapter(1), tmp_path, _config(modules_to_save=["lm_head"])))
+    streams = [Stream(server, model=model, max_tokens=240) for model in models]
+    refused = 0
+    while all(stream.running for stream in streams):
+        for fields, _, _ in FIELDS[:5]:
+            refused += server.complete(**fields).status_code == 400
+        refused += server.complete(model="nobody").status_code == 404
+        refused += server.complete(max_tokens=CONTEXT).status_code == 400
+        refused += server.complete(n=2).status_code == 400
+        refused += server.client.post("/v1/adapters", **misfit).status_code == 400
+        refused += server.client.post("/v1/nowhere").status_code == 404
+    assert refused >= 10
+    assert [stream.result() for stream in streams] == quiet
 
 
 def _edited(source: Path, folder: Path, edit: Edit) -> Path:
