@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
@@ -136,7 +137,7 @@ def test_tenants_do_not_see_each_other(site: Site) -> None:
 
 def test_what_is_foreign_is_told_in_the_words_for_what_is_unknown(site: Site) -> None:
     def words(name: str) -> set[str]:
-        calls = [
+        calls: list[Callable[[], object]] = [
             lambda: site.catalog.pin("ann", name),
             lambda: site.catalog.get("ann", name),
             lambda: site.catalog.activate(ANN, name, "0" * 16),

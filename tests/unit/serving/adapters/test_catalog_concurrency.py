@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Event
 
 import pytest
@@ -24,7 +25,7 @@ def assert_consistent(site: Site) -> None:
     assert site.residency.stats().adapters == resident
 
 
-def attempt(call: Callable[[], None]) -> bool:
+def attempt(call: Callable[[], object]) -> bool:
     """Whether the call found what it asked for: others may have deleted it."""
     try:
         call()
@@ -37,7 +38,8 @@ def attempt(call: Callable[[], None]) -> bool:
 def test_pinning_adding_and_deleting_one_name_at_a_time(site: Site, shared: bool) -> None:
     site.keep_revisions = 2
     catalog = site.restart()
-    chance = random.Random(0)
+    caller = OPERATOR if shared else ANN
+    written = Event()
 
     def pin() -> None:
         held = catalog.pin("ann", "x")
@@ -51,47 +53,38 @@ def test_pinning_adding_and_deleting_one_name_at_a_time(site: Site, shared: bool
             assert held.content_hash in site.residency
             held.release()
 
-    def change() -> None:
-        chance.choice(
-            [
-                lambda: catalog.delete(OPERATOR if shared else ANN, "x"),
-                lambda: catalog.set_default("ann", "x"),
-                lambda: catalog.activate(
-                    OPERATOR if shared else ANN, "x", catalog.get("ann", "x").revisions[0].revision
-                ),
-            ]
-        )()
+    def activate_oldest() -> None:
+        catalog.activate(caller, "x", catalog.get("ann", "x").revisions[0].revision)
 
-    def add() -> None:
-        catalog.add(OPERATOR if shared else ANN, "x", *adapter_files(chance.choice(SEEDS)), shared=shared)
+    def write(seed: int) -> int:
+        calls: list[Callable[[], object]] = [activate_oldest] * 3
+        calls += [partial(catalog.delete, caller, "x"), partial(catalog.set_default, "ann", "x")] * 3
+        calls += [partial(catalog.add, caller, "x", *adapter_files(number), shared=shared) for number in SEEDS]
+        random.Random(seed).shuffle(calls)
+        return sum(map(attempt, calls))
 
-    written = Event()
-
-    def write(call: Callable[[], None]) -> int:
-        return sum(attempt(call) for _ in range(15))
-
-    def read(call: Callable[[], None]) -> int:
-        done = 0
-        while not written.is_set():
+    def read(call: Callable[[], object]) -> int:
+        """Successes until the writers are done, and once more: then the adapter and the default are there."""
+        done, last = 0, False
+        while not last:
+            last = written.is_set()
             done += attempt(call)
             time.sleep(0.0005)  # else the readers keep the interpreter to themselves
         return done
 
-    add()
     with ThreadPoolExecutor(8) as pool:
         readers = [pool.submit(read, call) for call in (pin, pin, pin, pin_default)]
-        writers = [pool.submit(write, call) for call in (change, change, add, add)]
-        done = [writer.result() for writer in writers]
-        written.set()
+        try:
+            done = [writer.result() for writer in [pool.submit(write, seed) for seed in range(4)]]
+            catalog.add(caller, "x", *adapter_files(0), shared=shared)
+            catalog.set_default("ann", "x")
+        finally:
+            written.set()
     assert all(reader.result() for reader in readers)
-    assert all(done[:2])
-    assert done[2:] == [15, 15]
+    assert all(count >= len(SEEDS) for count in done)  # an add never fails, whatever the others do
     assert_consistent(site)
-    site.restart()
-    assert_consistent(site)
-    catalog = site.catalog
-    for info in catalog.list("ann"):
-        catalog.pin("ann", info.name).release()
+    catalog = site.restart()
+    catalog.pin("ann", "x").release()
     assert_consistent(site)
 
 
