@@ -37,7 +37,7 @@ def test_the_demo_shows_every_adapters_answers_and_ends(tmp_path: Path) -> None:
     for name in ("base", *ADAPTERS):
         assert f"│ {name} " in result.stdout
     assert "STRADA" in result.stdout  # of the adapter that answers in capitals
-    assert "name[Strada]" in result.stdout
+    assert "name[The Golden Palace]" in result.stdout
     assert '{"name":"Strada"' in result.stdout
     assert "tokens a second" in result.stdout
 

@@ -277,8 +277,8 @@ FAULTS: list[tuple[str, Edit, str]] = [
     ("wrong rank", _config(r=8), "shape"),
     ("missing bank", _tensor(BANK, lambda t: None), "vector_bank"),
     ("missing tensor", _tensor("logits_B_topk_weights", lambda t: None), "logits_B_topk_weights"),
-    ("NaN", _tensor(BANK, lambda t: t * float("nan")), "finite"),
-    ("infinite", _tensor("topk_weights", lambda t: t / 0), "finite"),
+    ("NaN", _tensor(BANK, lambda t: t * float("nan")), "NaN"),
+    ("infinite", _tensor("topk_weights", lambda t: t / 0), "infinity"),
     ("index h", _tensor("topk_indices", lambda t: torch.full_like(t, 24)), "ind"),
     ("topk above h", _config(topk=25), "topk"),
 ]
