@@ -64,7 +64,8 @@ class ServerSettings(BaseSettings):
     max_queue: Positive = Field(4096, description="Most requests waiting, over all tenants.")
     max_queue_per_tenant: Positive = Field(512, description="Most requests of one tenant waiting.")
     kv_cache_memory: ByteSize | None = Field(
-        None, description="Memory for keys and values, such as 2GiB; by default a quarter of the free memory, at most 4GiB."
+        None,
+        description="Memory for keys and values, such as 2GiB; by default a quarter of the free memory, at most 4GiB.",
     )
     block_size: Positive = Field(16, description="Tokens in a block of the key and value cache.")
     max_rank: Positive = Field(16, description="Highest rank of an adapter that is accepted.")

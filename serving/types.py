@@ -129,9 +129,11 @@ class Pin(Protocol):
     @property
     def revision(self) -> str:
         """The 16 hex digits shown to clients."""
+
     @property
     def content_hash(self) -> str:
         """The full hash, the key of every memory of this content."""
+
     def release(self) -> None: ...
 
 
@@ -146,14 +148,17 @@ class AdapterCatalog(Protocol):
     def pin(self, tenant: str, name: str, revision: str | None = None) -> Pin: ...
     def pin_default(self, tenant: str) -> Pin | None:
         """The tenant's default adapter, None if it never set one; `ModelNotFound` once the one it set is deleted."""
+
     def list(self, tenant: str) -> Sequence[AdapterInfo]: ...
     def get(self, tenant: str, name: str) -> AdapterInfo: ...
     def add(
         self, caller: Caller, name: str, config: bytes, weights: bytes, *, shared: bool = False
     ) -> tuple[AdapterInfo, RevisionInfo, bool]:
         """Validate, store, make active. The flag says whether this content is new under this name."""
+
     def add_from_path(self, name: str, path: str, *, replace: bool = False) -> tuple[AdapterInfo, RevisionInfo, bool]:
         """Register a shared adapter from a folder that lies under one of the operator's adapter roots."""
+
     def activate(self, caller: Caller, name: str, revision: str) -> AdapterInfo: ...
     def delete(self, caller: Caller, name: str) -> None: ...
     def delete_revision(self, caller: Caller, name: str, revision: str) -> None: ...
@@ -167,6 +172,7 @@ class TextCodec(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The chat template applied, generation prompt included. `InvalidValue` where the template refuses."""
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
 
@@ -195,8 +201,10 @@ class EngineClient(Protocol):
     def submit(self, request: GenerationRequest) -> GenerationStream:
         """Queue a request. `Overloaded` when the server's queue is full, `RateLimitExceeded` when the tenant's is,
         `EngineUnavailable` when the engine is dead, `Draining` when it is shutting down."""
+
     def abort(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""
+
     def stats(self) -> EngineStats: ...
     @property
     def healthy(self) -> bool: ...

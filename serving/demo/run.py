@@ -59,9 +59,7 @@ def run_demo(*, once: bool = False, port: int = 8000, console: Console | None = 
     console = console or Console()
     try:
         _check_port(port)
-        converted(
-            demo_source(), console.print
-        )  # a minute or two the first time: show its progress
+        converted(demo_source(), console.print)  # a minute or two the first time: show its progress
         with _server(port) as server:
             _wait_until_ready(server, port)
             _show(console, *asyncio.run(_ask_all(port)))
