@@ -6,6 +6,7 @@ import inspect
 import os
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -100,14 +101,14 @@ def list_adapters(url: Url = "http://127.0.0.1:8000") -> None:
 @adapter_app.command("activate")
 def activate_adapter(name: str, revision: str, url: Url = "http://127.0.0.1:8000") -> None:
     """Make NAME mean REVISION."""
-    reply = _call("POST", url, f"/v1/adapters/{name}/activate", json={"revision": revision}).json()
+    reply = _call("POST", url, f"/v1/adapters/{quote(name, safe='')}/activate", json={"revision": revision}).json()
     typer.echo(f"{reply['name']}@{reply['active_revision']}")
 
 
 @adapter_app.command("delete")
 def delete_adapter(name: str, url: Url = "http://127.0.0.1:8000") -> None:
     """Remove NAME; requests that run on it finish."""
-    _call("DELETE", url, f"/v1/adapters/{name}")
+    _call("DELETE", url, f"/v1/adapters/{quote(name, safe='')}")
 
 
 def _call(method: str, url: str, path: str, **arguments: Any) -> httpx.Response:

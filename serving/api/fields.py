@@ -112,7 +112,7 @@ def unsupported_message(name: str, accepted: NoEffect) -> str:
 
 
 def _log_unknown(name: str) -> None:
-    shown = name[:_MAX_LOGGED_LENGTH].encode("ascii", "backslashreplace").decode()
+    shown = name[:_MAX_LOGGED_LENGTH].encode("unicode_escape").decode()
     if shown not in _logged and len(_logged) < _MAX_LOGGED_NAMES:
         _logged.add(shown)
         _logger.warning("unknown_request_field", extra={"field": shown})

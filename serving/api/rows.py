@@ -14,7 +14,7 @@ from uuid import uuid4
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from serving.errors import EngineUnavailable, InternalError
+from serving.errors import Draining, InternalError
 from serving.types import EngineClient, GenerationEvent, GenerationRequest, GenerationStream, SamplingParams
 
 T = TypeVar("T")
@@ -51,14 +51,15 @@ class Rows:
             self._engine.abort(request_id)
 
     async def events(self) -> AsyncIterator[tuple[int, GenerationEvent]]:
-        """Events of all rows with their row, as they come. Raises `ServingError` if a row fails or is ended."""
+        """Events of all rows with their row, as they come. Raises `InternalError` if a row fails, `Draining` if the
+        server ends it."""
         async for index, event in merge(self._streams):
             if event.finish_reason is not None:
                 self._unfinished.pop(event.request_id, None)
             if event.finish_reason == "error":
                 raise InternalError(event.error or "the engine failed while answering this request")
             if event.finish_reason == "abort":
-                raise EngineUnavailable("the server ended this request before it was finished")
+                raise Draining("the server is shutting down and ended this request before it was finished")
             yield index, event
 
 

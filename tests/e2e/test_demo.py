@@ -21,7 +21,7 @@ from vblora.integrations.base_models import BaseModel
 
 ADAPTERS = demo_adapters()
 SENTENCE = "The Golden Palace is a cheap Chinese coffee shop by the river with a low customer rating."
-NEW_TOKENS = 20
+NEW_TOKENS = 16
 
 
 def _demo(port: int, data_dir: Path) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ def test_the_demo_shows_every_adapters_answers_and_ends(tmp_path: Path) -> None:
         assert f"│ {name} " in result.stdout
     assert "STRADA" in result.stdout  # of the adapter that answers in capitals
     assert "name[The Golden Palace]" in result.stdout
-    assert '{"name":"Strada"' in result.stdout
+    assert '{"name":"The Eagle"' in result.stdout
     assert "tokens a second" in result.stdout
 
 
@@ -85,7 +85,7 @@ def test_a_shipped_adapter_gives_the_same_logits_in_peft(demo_base: BaseModel) -
     folder = ADAPTERS["json"]
     prompt = _chat(demo_base)
     with warnings.catch_warnings():
-        warnings.simplefilter("default")  # PEFT's own, on loading its own format
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
         theirs = PeftModel.from_pretrained(copy.deepcopy(demo_base.model), str(folder)).eval()
     ours = VBLoRAModel.from_pretrained(copy.deepcopy(demo_base.model), folder)
     with torch.inference_mode():

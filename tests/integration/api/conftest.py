@@ -92,7 +92,6 @@ class Stream:
         self.headers: httpx.Headers = httpx.Headers()
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
-        assert self.started.wait(20)
 
     def _read(self) -> None:
         with httpx.stream("POST", f"{self._server.url}/v1/completions", json=self._body, timeout=60) as response:
@@ -102,6 +101,9 @@ class Stream:
                 if line != "data: [DONE]":
                     self.texts.append(json.loads(line[6:])["choices"][0]["text"])
                 self.started.set()
+
+    def wait_for_text(self) -> None:
+        assert self.started.wait(20)
 
     @property
     def running(self) -> bool:

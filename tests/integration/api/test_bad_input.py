@@ -388,6 +388,8 @@ def test_requests_in_flight_do_not_notice(server: Server, files: Files, tmp_path
     quiet = [server.text(model=model, max_tokens=240) for model in models]
     misfit = upload_of("bad", _edited(files.adapter(1), tmp_path, _config(modules_to_save=["lm_head"])))
     streams = [Stream(server, model=model, max_tokens=240) for model in models]
+    for stream in streams:
+        stream.wait_for_text()
     refused = 0
     while all(stream.running for stream in streams):
         for fields, _, _ in FIELDS[:5]:

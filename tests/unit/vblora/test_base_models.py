@@ -212,6 +212,8 @@ def test_the_demo_template_writes_plain_lines_and_prompts_are_prefixes(tmp_path:
         prompt = tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=True)
         assert prompt.endswith("\nOutput:")
         assert whole.startswith(prompt + " ")
+    ends_in_an_answer = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
+    assert ends_in_an_answer.endswith("\nOutput: yes\nOutput:")
 
 
 # --- GGUF ----------------------------------------------------------------------------------------------------------

@@ -292,3 +292,10 @@ def test_random_adapters_of_the_test_kit_are_sound(tmp_path: Path) -> None:
     adapter = random_adapter(tiny_model("gpt2"), targets=["c_attn"], topk=4)
     write_adapter(tmp_path, adapter)
     assert content_hash(read_adapter(tmp_path)) == content_hash(adapter)
+
+
+@pytest.mark.timeout(20)  # a quadratic search for the repeated key would take a minute
+def test_a_key_repeated_among_many_is_found_before_anyone_waits() -> None:
+    names = ",".join(f'"{number}": 0' for number in range(60_000))
+    with pytest.raises(CheckpointError, match="'59999' appears twice"):
+        read_adapter_bytes(f'{{{names}, "59999": 0}}'.encode(), b"")

@@ -26,9 +26,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),  # PEFT asks transformers for its old name
     pytest.mark.parametrize("family", TARGETS),
-    pytest.mark.parametrize("topk_only", [False, True], ids=["full", "topk"]),
-    pytest.mark.parametrize("k", [1, 2, 3]),
 ]
+MODES = [(k, topk_only) for k in (1, 2, 3) for topk_only in (False, True)]
+# PEFT 0.21 restores NaN where rounding makes the last of three or more saved weights negative.
+READABLE_BY_PEFT = [(k, topk_only) for k, topk_only in MODES if k <= 2 or not topk_only]
 
 
 def options(family: str, k: int, topk_only: bool) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def base(family: str) -> PreTrainedModel:
     return tiny_model(family)
 
 
+@pytest.mark.parametrize(("k", "topk_only"), MODES)
 def test_an_adapter_of_peft_answers_the_same_here(
     base: PreTrainedModel, family: str, k: int, topk_only: bool, tmp_path: Path
 ) -> None:
@@ -80,12 +82,11 @@ def test_an_adapter_of_peft_answers_the_same_here(
     assert content_hash(read_adapter(tmp_path)) == content_hash(read_adapter(tmp_path / "again"))
 
 
+@pytest.mark.parametrize(("k", "topk_only"), READABLE_BY_PEFT)
 def test_an_adapter_written_here_answers_the_same_in_peft(
     base: PreTrainedModel, family: str, k: int, topk_only: bool, tmp_path: Path
 ) -> None:
     alone = answer(base)
-    if k > 2 and topk_only:
-        pytest.skip("PEFT 0.21 restores NaN where rounding makes the last of three weights negative")
     ours = get_vblora_model(copy.deepcopy(base), VBLoRAConfig(**options(family, k, topk_only))).eval()
     wanted = answer(ours)
     ours.save_pretrained(tmp_path)

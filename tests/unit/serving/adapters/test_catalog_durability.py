@@ -154,3 +154,15 @@ def test_bytes_that_could_not_be_removed_are_removed_later(site: Site, monkeypat
     assert len(site.stored()) == 2
     site.catalog.set_default("ann", "y")
     assert site.stored() == {kept.revision}
+
+
+def test_bytes_of_a_failed_add_are_removed_by_the_next_change(prepared: Path) -> None:
+    site = opened(prepared)
+    named = site.stored()
+    orphaned, failure = 0, 0
+    while fails_at(failure, lambda: site.catalog.add(ANN, "new", *adapter_files(7))):
+        orphaned += site.stored() != named
+        site.catalog.set_default("ann", "x")
+        assert site.stored() == named
+        failure += 1
+    assert orphaned

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.settings import (
+    ENV_PREFIX,
+    ServerSettings,
+    SettingsError,
+    flag_of,
+    is_list,
+    load_settings,
+    settings_reference,
+)
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "settings.md"
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ServerSettings.model_fields:
+        monkeypatch.delenv(ENV_PREFIX + name.upper(), raising=False)
+
+
+def load(config: Path | None = None, **flags: Any) -> ServerSettings:
+    return load_settings({"model": "demo", **flags}, config)
+
+
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("max-rank: 2\nport: 2\nmax_queue: 2\n")
+    monkeypatch.setenv("VBLORA_MAX_RANK", "3")
+    monkeypatch.setenv("VBLORA_PORT", "3")
+    settings = load(config, port="4", max_queue=None)
+    assert (settings.port, settings.max_rank, settings.max_queue, settings.block_size) == (4, 3, 2, 16)
+
+
+def test_lists_repeat_as_flags_and_take_commas_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(adapter=["a=/x", "b=/y=z"]).adapters == {"a": Path("/x"), "b": Path("/y=z")}
+    monkeypatch.setenv("VBLORA_ADAPTER_ROOT", "/x,/y")
+    assert load().adapter_root == (Path("/x"), Path("/y"))
+
+
+def test_sizes_have_units(tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("max-body-bytes: 1KiB")
+    settings = load(config, kv_cache_memory="2GiB")
+    assert settings.to_engine_settings().kv_cache_bytes == 2 * 2**30
+    assert settings.max_body_bytes == 1024
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"port": "many"}, "--port"),
+        ({"port": 65536}, "--port"),
+        ({"max_rank": 0}, "--max-rank"),
+        ({"adapter_slots": 1}, "--adapter-slots"),
+        ({"dtype": "int8"}, "--dtype"),
+        ({"drain_timeout": "nan"}, "--drain-timeout"),
+        ({"drain_timeout": -1}, "--drain-timeout"),
+        ({"kv_cache_memory": "much"}, "--kv-cache-memory"),
+        ({"adapter": ["a"]}, "--adapter: write NAME=PATH, not 'a'"),
+        ({"adapter": ["=a"]}, "NAME=PATH"),
+        ({"model": None}, "model is required"),
+        ({"ssl_certfile": "x"}, "ssl-keyfile"),
+        ({"host": "0.0.0.0"}, "--allow-unauthenticated"),
+        ({"host": "example.org"}, "--allow-unauthenticated"),
+        ({"host": ""}, "--allow-unauthenticated"),
+    ],
+)
+def test_what_cannot_be_used_is_named(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        load(**flags)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_no_leave(host: str) -> None:
+    assert load(host=host).loopback
+
+
+def test_other_addresses_need_leave() -> None:
+    assert not load(host="0.0.0.0", allow_unauthenticated=True).loopback
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("[1]", "must map"), ("a: [", "cannot be read"), ("colour: red", "no setting colour")]
+)
+def test_a_faulty_file_is_told(tmp_path: Path, text: str, words: str) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text(text)
+    with pytest.raises(SettingsError, match=words):
+        load(config)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_the_keys_of_clients_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VBLORA_API_KEY", "secret")
+    assert load().model == "demo"
+
+
+def test_every_setting_is_documented() -> None:
+    assert all(field.description for field in ServerSettings.model_fields.values())
+    assert DOCUMENT.read_text(encoding="utf-8") == settings_reference(), "vblora-serve settings > docs/settings.md"
+
+
+def test_names_of_flags() -> None:
+    assert flag_of("max_rank") == "--max-rank"
+    lists = {name for name, field in ServerSettings.model_fields.items() if is_list(field)}
+    assert lists == {"adapter", "adapter_root", "cors_origins"}
+
+
+def test_the_engine_gets_what_was_set() -> None:
+    given: dict[str, Any] = {
+        "served_model_name": "name",
+        "chat_template": "file",
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "max_batch_size": 3,
+        "max_model_len": 4,
+        "max_batched_tokens": 5,
+        "max_queue": 6,
+        "max_queue_per_tenant": 7,
+        "block_size": 8,
+        "max_rank": 9,
+        "adapter_slots": 10,
+        "adapter_dtype": "float16",
+    }
+    engine = load(**given).to_engine_settings()
+    assert {name: getattr(engine, name) for name in given} == given
