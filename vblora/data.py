@@ -65,63 +65,99 @@ class Batch:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSON-lines file; empty lines are skipped. Raises `DataError` that names the file and the line."""
+    """The rows of a JSON-lines file; empty lines are skipped.
+
+    Raises `DataError` that names the file, the line and what `check_row` found there.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{path}: holds no rows")
     return rows
 
 
-def _row(line: str, where: str) -> Row:
+def _row(line: bytes, where: str) -> Row:
     try:
-        values = json.loads(line)
+        values = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start + 1} of the line") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise DataError(f"{where}: must be a JSON object, not {type(values).__name__}")
-    return Row(values, where)
+    row = Row(values, where)
+    check_row(row)
+    return row
+
+
+def check_row(row: Row) -> None:
+    """All that can be said of a row without a tokenizer.
+
+    Raises `DataError` for unknown or missing fields, values of a wrong type, empty ones, and text that is not Unicode.
+    """
+    if row.values.keys() not in KINDS:
+        raise DataError(
+            f"{row.where}: expected the fields prompt and completion, or text, or messages; "
+            f"found {', '.join(map(str, row.values)) or 'none'}"
+        )
+    if "messages" in row.values:
+        _check_messages(row)
+    for field, value in row.values.items():
+        if field != "messages":
+            _check_text(value, f"{row.where}: {field}", may_be_empty=field == "prompt")
+
+
+def _check_messages(row: Row) -> None:
+    messages = row.values["messages"]
+    if not isinstance(messages, list):
+        raise DataError(f"{row.where}: messages must be a list, not {type(messages).__name__}")
+    for index, message in enumerate(messages):
+        where = f"{row.where}: messages[{index}]"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise DataError(f"{where} must be an object with role and content")
+        _check_text(message["role"], f"{where}.role")
+        _check_text(message["content"], f"{where}.content", may_be_empty=index < len(messages) - 1)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError(f"{row.where}: messages must end with an answer by the assistant")
+
+
+def _check_text(value: object, what: str, *, may_be_empty: bool = False) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{what} must be a string, not {type(value).__name__}")
+    if not value and not may_be_empty:
+        raise DataError(f"{what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} holds half of a surrogate pair at character {error.start + 1}") from error
 
 
 def encode(row: Row, tokenizer: Tokenizer, max_length: int) -> Example:
     """The example of a row, cut after `max_length` tokens.
 
-    Raises `DataError` for unknown or missing fields, values of a wrong type, and a prompt that leaves no room.
+    Raises `DataError` as `check_row` does, for messages that the chat template refuses, and for a prompt that leaves
+    no room.
     """
-    kind = next((kind for kind in KINDS if row.values.keys() == kind), None)
-    if kind is None:
-        raise DataError(
-            f"{row.where}: expected the fields prompt and completion, or text, or messages; "
-            f"found {', '.join(map(str, row.values)) or 'none'}"
-        )
-    if "messages" in kind:
+    check_row(row)
+    if "messages" in row.values:
         prompt, completion = _render(row, tokenizer)
         start, rest = _tokens(tokenizer, prompt, special=False), _tokens(tokenizer, completion, special=False)
-    elif "text" in kind:
-        start, rest = [], _tokens(tokenizer, _string(row, "text"), special=True)
+    elif "text" in row.values:
+        start, rest = [], _tokens(tokenizer, row.values["text"], special=True)
     else:
-        start = _tokens(tokenizer, _string(row, "prompt"), special=True)
-        rest = _tokens(tokenizer, _string(row, "completion"), special=False)
+        start = _tokens(tokenizer, row.values["prompt"], special=True)
+        rest = _tokens(tokenizer, row.values["completion"], special=False)
     if rest[-1:] != [tokenizer.eos_token_id]:
         rest = [*rest, tokenizer.eos_token_id]
     example = Example(tuple([*start, *rest][:max_length]), max(len(start), 1))
     if example.labels <= 0:
         raise DataError(f"{row.where}: the prompt has {len(start)} tokens, and {max_length} is the most a row may have")
     return example
-
-
-def _string(row: Row, field: str) -> str:
-    value = row.values[field]
-    if not isinstance(value, str):
-        raise DataError(f"{row.where}: {field} must be a string, not {type(value).__name__}")
-    if not value and field != "prompt":
-        raise DataError(f"{row.where}: {field} is empty")
-    return value
 
 
 def _tokens(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
@@ -131,10 +167,6 @@ def _tokens(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
 def _render(row: Row, tokenizer: Tokenizer) -> tuple[str, str]:
     """The chat template's text up to the last answer, and the answer with what the template puts after it."""
     messages = row.values["messages"]
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise DataError(f"{row.where}: messages must be a list of objects with the strings role and content")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(f"{row.where}: messages must end with an answer by the assistant")
     try:
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         full = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
@@ -143,10 +175,6 @@ def _render(row: Row, tokenizer: Tokenizer) -> tuple[str, str]:
     if not full.startswith(prompt):
         raise DataError(f"{row.where}: the chat template does not continue its own prompt with the answer")
     return prompt, full[len(prompt) :]
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(field), str) for field in ("role", "content"))
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:

@@ -63,7 +63,11 @@ def test_long_rows_are_cut() -> None:
         ({"prompt": "a", "completion": ""}, "completion is empty"),
         ({"text": ""}, "text is empty"),
         ({"messages": "hello"}, "messages must be a list"),
-        ({"messages": [{"role": "user"}]}, "messages must be a list of objects"),
+        ({"messages": ["hello"]}, r"messages\[0\] must be an object with role and content"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\] must be an object with role and content"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\].content must be a string, not int"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "content is empty"),
+        ({"text": "half a pair: \ud83d"}, "text holds half of a surrogate pair at character 14"),
         ({"messages": [{"role": "user", "content": "a"}]}, "must end with an answer"),
         ({"prompt": "the fox " * 100, "completion": "b"}, "the prompt has"),
     ],
@@ -77,12 +81,15 @@ def test_files_are_read_line_by_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a"}\n\n{"text": "b"}\n')
     assert [(row.values["text"], row.where) for row in read_rows(file)] == [("a", f"{file}:1"), ("b", f"{file}:3")]
-    for content, message in (("{}\n{", ":2: not valid JSON"), ("[1]", ":1: must be a JSON object"), ("\n", "no rows")):
+    for content, message in (('{"text": "a"}\n{', ":2: not valid JSON"), ("[1]", ":1: must be a JSON object"), ("\n", "no rows")):
         file.write_text(content)
         with pytest.raises(DataError, match=message):
             read_rows(file)
-    file.write_bytes(b"\xff")
-    with pytest.raises(DataError, match="UTF-8"):
+    file.write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r":2: not UTF-8 text: .* at byte 14 of the line"):
+        read_rows(file)
+    file.write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(DataError, match=":2: text must be a string, not int"):  # before any model is loaded
         read_rows(file)
     with pytest.raises(DataError, match="no such file"):
         read_rows(tmp_path / "missing.jsonl")
