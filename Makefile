@@ -11,10 +11,10 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PACKAGES := vblora serving
+PACKAGES := vblora serving deploy examples
 BENCHMARKS = $(subst /,.,$(basename $(sort $(wildcard benchmarks/bench_*.py))))
 
-.PHONY: demo test check format serve bench clean
+.PHONY: demo test check format serve bench adapters evidence replay-image clean
 
 demo: $(INSTALLED)
 	$(BIN)/vblora-serve demo $(if $(ONCE),--once) $(ARGS)
@@ -27,6 +27,8 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(PACKAGES)
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 	$(BIN)/python -m pytest -q tests/unit/test_import_rules.py
 
 format: $(INSTALLED)
@@ -39,11 +41,23 @@ serve: $(INSTALLED)
 bench: $(INSTALLED)
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) $(ARGS) || exit 1; done
 
+# Train the demo's adapters again, into runs/adapters, and compare their files with the shipped ones.
+adapters: $(INSTALLED)
+	examples/customers/train.sh
+
+# The tables and the plot of the README: on text that no adapter was trained on.
+evidence: $(INSTALLED)
+	$(BIN)/python -m examples.customers.evidence --plot docs/images/training-losses.png $(ARGS)
+
+# The Dockerfile's steps in a temporary folder, up to a served completion: needs no container engine.
+replay-image: $(INSTALLED)
+	$(BIN)/python -m deploy.replay_image
+
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS) \
-		-c constraints.txt -e '.[demo,dev]'
+		-c constraints.txt -e '.[demo,train,dev]'
 	touch $@

@@ -60,7 +60,7 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         registry=metrics.registry,
         version=version("vblora"),
         caps=_caps(settings),
-        hosts=LOOPBACK_HOSTS if settings.loopback else None,
+        hosts=_hosts(settings),
     )
 
     @asynccontextmanager
@@ -169,6 +169,13 @@ def _register(catalog: FileCatalog, name: str, path: Path) -> None:
 def _adapter_gauges(catalog: FileCatalog, engine: Engine) -> AdapterGauges:
     stats = engine.residency.stats()
     return AdapterGauges(len(catalog), stats.adapters, stats.bytes, stats.banks, stats.bank_bytes)
+
+
+def _hosts(settings: ServerSettings) -> frozenset[str] | None:
+    """The Host headers that are answered; None answers any."""
+    if settings.allowed_hosts:
+        return frozenset(host.lower() for host in settings.allowed_hosts)
+    return LOOPBACK_HOSTS if settings.loopback else None
 
 
 def _caps(settings: ServerSettings) -> Caps:

@@ -54,6 +54,9 @@ class ServerSettings(BaseSettings):
     allow_unauthenticated: bool = Field(
         False, description="Serve without keys on an address that is not loopback: whoever reaches it may do anything."
     )
+    allowed_hosts: Texts = Field(
+        (), description="Host that requests may name; by default loopback's on a loopback address, else any. Repeatable."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the base model's weights; `auto` takes the one they are stored in."
     )
@@ -234,5 +237,6 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"there is no setting {name}"
     if first["type"] == "missing":
-        return f"{name} is required"
+        argument = "MODEL" if name == "model" else flag_of(name)
+        return f"{name} is required: give {argument}, or set {ENV_PREFIX}{name.upper()}"
     return f"{flag_of(name)}: {message[:1].lower() + message[1:]}"

@@ -74,7 +74,7 @@ def train(
     """Train an adapter."""
     given = dict(locals())
     config = VBLoRAConfig.from_dict({"peft_type": PEFT_TYPE, **_config_values(given)})
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False, markup=False)
     rows = read_rows(data)
     eval_rows = read_rows(eval_data) if eval_data else None
     start = VectorBank.load(bank) if bank else None
@@ -132,7 +132,7 @@ def _summarise(report: TrainingReport, out: Path) -> None:
             f"{report.held_out_before:.4f} → {report.held_out_after:.4f} nats a token",
         )
     table.add_row("adapter", f"{out} ({(out / WEIGHTS_FILE).stat().st_size:,} bytes)")
-    Console().print(table)
+    Console(emoji=False, markup=False).print(table)
 
 
 @app.command()
@@ -163,5 +163,5 @@ def main() -> None:
     try:
         app()
     except VBLoRAError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True, emoji=False, markup=False, highlight=False).print(f"error: {error}")
         sys.exit(1)

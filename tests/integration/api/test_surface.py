@@ -69,6 +69,14 @@ def test_only_loopback_hosts_are_answered(server: Server) -> None:
         assert error_of(server.client.get("/version", headers={"Host": host})) == (400, "invalid_value", "Host")
 
 
+def test_other_hosts_are_answered_when_they_are_named(files: Files, tmp_path: Path) -> None:
+    with running(files, tmp_path, allowed_hosts=("Server", "127.0.0.1")) as server:
+        for host in ("server:8000", "SERVER", "127.0.0.1"):
+            assert server.client.get("/version", headers={"Host": host}).status_code == 200
+        for host in ("localhost", "server.example.org"):
+            assert error_of(server.client.get("/version", headers={"Host": host})) == (400, "invalid_value", "Host")
+
+
 @pytest.fixture
 def narrow(files: Files, tmp_path: Path) -> Iterator[Server]:
     """A server that takes small bodies only."""

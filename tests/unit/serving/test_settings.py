@@ -112,7 +112,7 @@ def test_every_setting_is_documented() -> None:
 def test_names_of_flags() -> None:
     assert flag_of("max_rank") == "--max-rank"
     lists = {name for name, field in ServerSettings.model_fields.items() if is_list(field)}
-    assert lists == {"adapter", "adapter_root", "cors_origins"}
+    assert lists == {"adapter", "adapter_root", "allowed_hosts", "cors_origins"}
 
 
 def test_the_engine_gets_what_was_set() -> None:

@@ -81,7 +81,11 @@ def test_files_are_read_line_by_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a"}\n\n{"text": "b"}\n')
     assert [(row.values["text"], row.where) for row in read_rows(file)] == [("a", f"{file}:1"), ("b", f"{file}:3")]
-    for content, message in (('{"text": "a"}\n{', ":2: not valid JSON"), ("[1]", ":1: must be a JSON object"), ("\n", "no rows")):
+    for content, message in (
+        ('{"text": "a"}\n{', ":2: not valid JSON"),
+        ("[1]", ":1: must be a JSON object"),
+        ("\n", "no rows"),
+    ):
         file.write_text(content)
         with pytest.raises(DataError, match=message):
             read_rows(file)

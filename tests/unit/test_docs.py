@@ -1,0 +1,28 @@
+"""The documents name files that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+
+
+def test_the_request_path_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "request-path.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    everywhere = {path.name for path in (ROOT / "serving").rglob("*.py")}
+    assert len(named) > 15
+    assert {name for name in named if not ((ROOT / name).is_file() if "/" in name else name in everywhere)} == set()
+    steps = [int(number) for number in re.findall(r"^(\d+)\. ", text, re.MULTILINE)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "serving/demo/adapters/README.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    file = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)", file.read_text()):
+        assert target.startswith("https://") or (file.parent / target).exists(), target
