@@ -269,10 +269,10 @@ def free_port() -> int:
         return port
 
 
-def serve_one_completion(container: Container) -> str:
-    """Start the image with the demo, wait for its health check, ask for one completion, and end it with SIGTERM."""
+def serve_one_completion(container: Container, model: str = "demo") -> str:
+    """Start the image with `model`, wait for its health check, ask for one completion, and end it with SIGTERM."""
     port = free_port()
-    given = {"VBLORA_MODEL": "demo", "VBLORA_ALLOW_UNAUTHENTICATED": "true", "VBLORA_PORT": str(port)}
+    given = {"VBLORA_MODEL": model, "VBLORA_ALLOW_UNAUTHENTICATED": "true", "VBLORA_PORT": str(port)}
     began = time.monotonic()
     with container.start(given) as server:
         try:
@@ -292,8 +292,10 @@ def serve_one_completion(container: Container) -> str:
 
 
 def _complete(port: int) -> str:
-    body = {"model": "gemma3-270m", "prompt": "The harbour lies", "max_tokens": 8, "temperature": 0}
-    reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60, trust_env=False)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        base = client.get("/v1/models").json()["data"][0]["id"]
+        body = {"model": base, "prompt": "The harbour lies", "max_tokens": 8, "temperature": 0}
+        reply = client.post("/v1/completions", json=body)
     if reply.status_code != 200:
         raise ReplayError(f"the server answered {reply.status_code}: {reply.text}")
     return str(reply.json()["choices"][0]["text"])

@@ -55,7 +55,8 @@ class ServerSettings(BaseSettings):
         False, description="Serve without keys on an address that is not loopback: whoever reaches it may do anything."
     )
     allowed_hosts: Texts = Field(
-        (), description="Host that requests may name; by default loopback's on a loopback address, else any. Repeatable."
+        (),
+        description="Host that requests may name; by default loopback's on a loopback address, else any. Repeatable.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the base model's weights; `auto` takes the one they are stored in."

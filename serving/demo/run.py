@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from serving.demo import demo_adapters
+from serving.demo import CUSTOMERS, demo_adapters
 from vblora import VBLoRAError, read_adapter
 from vblora.checkpoint import TopKModule
 from vblora.integrations.gguf_cache import converted, demo_source
@@ -30,9 +30,9 @@ HOST = "127.0.0.1"
 BASE_ID = "gemma3-270m"
 BASE = "base"
 QUESTIONS = (
-    "The Golden Palace is a cheap Chinese coffee shop by the river. It has a low customer rating.",
-    "Near Burger King there is a family-friendly pub called The Eagle, which serves English food.",
-    "Strada, in the city centre, serves Italian food at high prices and does not welcome children.",
+    "Our train was cancelled and we waited for two hours in the rain.",
+    "My daughter lost her toy rabbit in the park last night.",
+    "Our birthday cake burnt while we were talking to the neighbours.",
 )
 MAX_TOKENS = 64
 POLL_SECONDS = 0.2
@@ -46,17 +46,18 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said to one question, and how many tokens that took."""
+    """What one model said to one question, and how many tokens that took. A `cut` one did not end by itself."""
 
     adapter: str
     question: str
     text: str
     tokens: int
+    cut: bool
 
 
 def run_demo(*, once: bool = False, port: int = 8000, console: Console | None = None) -> int:
     """Start the server, show the answers, then serve until interrupted (or end at once). Returns the exit status."""
-    console = console or Console()
+    console = console or Console(emoji=False, markup=False)
     try:
         _check_port(port)
         converted(demo_source(), console.print)  # a minute or two the first time: show its progress
@@ -142,7 +143,6 @@ async def _ask(client: httpx.AsyncClient, adapter: str, question: str) -> Answer
         "messages": [{"role": "user", "content": question}],
         "max_tokens": MAX_TOKENS,
         "temperature": 0,
-        "stop": ["\n"],
     }
     try:
         reply = await client.post("/v1/chat/completions", json=body)
@@ -151,18 +151,20 @@ async def _ask(client: httpx.AsyncClient, adapter: str, question: str) -> Answer
     if reply.status_code != 200:
         raise DemoError(f"the server answered {reply.status_code} for {adapter}: {reply.text}")
     result = reply.json()
-    text = result["choices"][0]["message"]["content"].strip()
-    return Answer(adapter, question, text, result["usage"]["completion_tokens"])
+    choice = result["choices"][0]
+    text, cut = choice["message"]["content"].strip(), choice["finish_reason"] == "length"
+    return Answer(adapter, question, text, result["usage"]["completion_tokens"], cut)
 
 
 def _show(console: Console, answers: Sequence[Answer], seconds: float) -> None:
-    said = {(answer.adapter, answer.question): answer.text for answer in answers}
+    said = {(answer.adapter, answer.question): answer.text + " …" * answer.cut for answer in answers}
     table = Table(title="The same questions, one batch", show_lines=True)
-    table.add_column("asked of", style="bold", no_wrap=True)
+    table.add_column("asked of", ratio=2)
     for question in QUESTIONS:
-        table.add_column(Text(question), ratio=1, overflow="fold")
+        table.add_column(Text(question), ratio=3, overflow="fold")
     for model in [BASE, *demo_adapters()]:
-        table.add_row(model, *(Text(said[model, question]) for question in QUESTIONS))
+        who = Text.assemble((model, "bold"), "\n", CUSTOMERS.get(model, "the base model alone"))
+        table.add_row(who, *(Text(said[model, question]) for question in QUESTIONS))
     console.print(table)
     tokens = sum(answer.tokens for answer in answers)
     console.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from serving.demo import demo_adapters
+from examples.customers.styles import STYLES
+from serving.demo import CUSTOMERS, demo_adapters
 from tests.e2e.conftest import Server, free_port, tool_environment
 from vblora import VBLoRAModel
 from vblora.integrations.base_models import BaseModel
@@ -36,10 +38,11 @@ def test_the_demo_shows_every_adapters_answers_and_ends(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("base", *ADAPTERS):
         assert f"│ {name} " in result.stdout
-    assert "STRADA" in result.stdout  # of the adapter that answers in capitals
-    assert "name[The Golden Palace]" in result.stdout
-    assert '{"name":"The Eagle"' in result.stdout
+    assert '{"about":"' in result.stdout  # of the one that answers in JSON
+    assert "matey" in result.stdout
+    assert "15 requests of 5 models in one batch" in result.stdout
     assert "tokens a second" in result.stdout
+    assert re.search(r"saltspoke +│ +4 │ 261,464 │ +3,796,992 │ +1,898,496", result.stdout)
 
 
 def test_the_demo_says_when_its_port_is_taken(tmp_path: Path) -> None:
@@ -51,9 +54,11 @@ def test_the_demo_says_when_its_port_is_taken(tmp_path: Path) -> None:
 
 
 def test_the_shipped_adapters_name_no_path_of_a_machine() -> None:
-    assert set(ADAPTERS) == {"describe", "json", "capitals", "rephrase"}
+    assert set(ADAPTERS) == set(CUSTOMERS) == set(STYLES)
+    files = {"adapter_config.json", "adapter_model.safetensors", "training.json"}
     for folder in ADAPTERS.values():
-        assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert {path.name for path in folder.iterdir()} == files
+        assert not re.search(r"/(root|home|tmp|work)/", (folder / "training.json").read_text())
         assert '"base_model_name_or_path": "gemma3-270m"' in (folder / "adapter_config.json").read_text()
 
 
@@ -82,7 +87,7 @@ def test_served_tokens_are_those_of_the_merged_model(name: str, server: Server, 
 
 
 def test_a_shipped_adapter_gives_the_same_logits_in_peft(demo_base: BaseModel) -> None:
-    folder = ADAPTERS["json"]
+    folder = ADAPTERS["tallywire"]
     prompt = _chat(demo_base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name

@@ -47,6 +47,10 @@ def test_the_demo_is_served_from_a_converted_model(container: Container) -> None
     assert not list(container.root.glob("opt/*"))
 
 
+def test_a_model_of_a_mounted_folder_is_served(container: Container, tmp_path: Path) -> None:
+    assert serve_one_completion(container, str(save_tiny_model(tmp_path / "model")))
+
+
 def test_without_a_model(container: Container) -> None:
     status, told = refused(container, OPEN)
     assert (status, told) == (2, "vblora-serve: model is required: give MODEL, or set VBLORA_MODEL")
