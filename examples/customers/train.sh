@@ -29,15 +29,12 @@ saltspoke 2 150 1e-2 5e-3
 tallywire 3 150 1e-2 5e-3
 RUNS
 
-different=0
 for name in lanternlane quillstone saltspoke tallywire; do
   for file in adapter_config.json adapter_model.safetensors training.json; do
     if cmp -s "$OUT/$name/$file" "serving/demo/adapters/$name/$file"; then
       echo "same as shipped: $name/$file"
     else
       echo "differs from the shipped: $name/$file"
-      different=1
     fi
   done
 done
-exit "$different"

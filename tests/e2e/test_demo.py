@@ -42,7 +42,7 @@ def test_the_demo_shows_every_adapters_answers_and_ends(tmp_path: Path) -> None:
     assert "matey" in result.stdout
     assert "15 requests of 5 models in one batch" in result.stdout
     assert "tokens a second" in result.stdout
-    assert re.search(r"saltspoke +│ +4 │ 261,464 │ +3,796,992 │ +1,898,496", result.stdout)
+    assert re.search(r"saltspoke +│ +4 │ +261,464 │ +3,796,992 │ +1,898,496", result.stdout)
 
 
 def test_the_demo_says_when_its_port_is_taken(tmp_path: Path) -> None:
