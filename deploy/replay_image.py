@@ -98,13 +98,18 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def environment_of(stage: Stage, start: Mapping[str, str]) -> dict[str, str]:
-    """`start` with what ENV adds."""
+    """`start` with what the stage's ENV instructions add."""
     environment = dict(start)
     for step in stage.steps:
         if step.instruction == "ENV":
-            for name, value in map(_assignment, shlex.split(step.value)):
-                environment[name] = string.Template(value).substitute(environment)
+            _set(environment, step.value)
     return environment
+
+
+def _set(environment: dict[str, str], assignments: str) -> None:
+    """What one ENV does: ``A=1 PATH=/bin:$PATH``."""
+    for name, value in map(_assignment, shlex.split(assignments)):
+        environment[name] = string.Template(value).substitute(environment)
 
 
 def below(root: Path, text: str) -> str:
@@ -123,8 +128,6 @@ class Build:
 
     def run(self, stages: Sequence[Stage]) -> None:
         for stage in stages:
-            if self.root.exists():
-                raise ReplayError(f"the stage before {stage.name} was not put away")
             self.root.mkdir()
             self._stage(stage)
             if stage is not stages[-1]:
@@ -139,8 +142,7 @@ class Build:
                 case "ARG":
                     environment |= [_assignment(step.value)]
                 case "ENV":
-                    single = Stage(stage.base, stage.name, [Step("ENV", below(self.root, step.value))])
-                    environment = environment_of(single, environment)
+                    _set(environment, below(self.root, step.value))
                 case "WORKDIR":
                     directory = Path(below(self.root, step.value))
                     directory.mkdir(parents=True, exist_ok=True)
@@ -190,16 +192,16 @@ def _run(command: str, directory: Path, environment: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Container:
-    """What the last stage says of its start: to be run below `root`, with the programs that lie in `programs`."""
+    """What the last stage says of its start: to be run below `root`; `programs` is a folder found before its PATH."""
 
     stage: Stage
     root: Path
-    programs: Path
+    programs: Path | None = None
 
     @classmethod
     def of(cls, stage: Stage, root: Path, programs: Path | None = None) -> Container:
-        """A container over `root`, its volumes made and given to its user; `programs` replaces the image's own."""
-        container = cls(stage, root, programs or Path(below(root, "/opt/vblora/bin")))
+        """A container over `root`, its volumes made and given to its user."""
+        container = cls(stage, root, programs)
         for volume in container.volumes:
             volume.mkdir(parents=True, exist_ok=True)
             if os.geteuid() == 0:
@@ -220,7 +222,8 @@ class Container:
         """The image's and `given`, nothing of this machine's."""
         image = environment_of(self.stage, {"PATH": HOST_PATH})
         moved = {name: below(self.root, value) for name, value in image.items()}
-        return {**moved, "PATH": f"{self.programs}:{HOST_PATH}", "HOME": "/nonexistent", **given}
+        path = f"{self.programs}:{moved['PATH']}" if self.programs else moved["PATH"]
+        return {**moved, "PATH": path, "HOME": "/nonexistent", **given}
 
     def start(self, given: Mapping[str, str], before: Sequence[str] = ()) -> subprocess.Popen[str]:
         """ENTRYPOINT and CMD as the image's user, standard error joined to standard output; `before` starts them."""

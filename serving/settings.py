@@ -238,6 +238,5 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"there is no setting {name}"
     if first["type"] == "missing":
-        argument = "MODEL" if name == "model" else flag_of(name)
-        return f"{name} is required: give {argument}, or set {ENV_PREFIX}{name.upper()}"
+        return f"{name} is required: give {name.upper()}, or set {ENV_PREFIX}{name.upper()}"
     return f"{flag_of(name)}: {message[:1].lower() + message[1:]}"
