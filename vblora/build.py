@@ -15,7 +15,7 @@ from vblora.checkpoint import AdapterCheckpoint, LogitsModule
 from vblora.compact import ModuleShape
 from vblora.config import VBLoRAConfig
 from vblora.errors import ConfigError
-from vblora.inject import base_layer, short_names
+from vblora.inject import base_layer, plain_path, saved_names, short_names
 from vblora.layer import LayerAdapter, LogitsAdapter, TopKAdapter
 
 Shapes = Mapping[str, ModuleShape]
@@ -52,11 +52,14 @@ def random_adapters(
     }
 
 
-def loaded_adapters(model: nn.Module, checkpoint: AdapterCheckpoint, bank: VectorBank) -> dict[str, LayerAdapter]:
+def loaded_adapters(
+    model: nn.Module, checkpoint: AdapterCheckpoint, shapes: Shapes, bank: VectorBank
+) -> dict[str, LayerAdapter]:
     """A checkpoint's layers by path: logits in float32, top-k metadata as it is."""
     config = checkpoint.config
     adapters: dict[str, LayerAdapter] = {}
-    for path, content in checkpoint.modules.items():
+    for path in shapes:
+        content = checkpoint.modules[plain_path(path)]
         if isinstance(content, LogitsModule):
             content = LogitsModule(content.a.float(), content.b.float())
             adapters[path] = LogitsAdapter(bank, content, config.topk, config.vblora_dropout)
@@ -67,12 +70,18 @@ def loaded_adapters(model: nn.Module, checkpoint: AdapterCheckpoint, bank: Vecto
 
 
 def settled(model: nn.Module, config: VBLoRAConfig, shapes: Shapes) -> VBLoRAConfig:
-    """The configuration as it is saved: targets by name, the right `fan_in_fan_out` (changing it warns), the base
-    model's name."""
+    """The configuration as it is saved: targets by name, the right `fan_in_fan_out` (changing it warns), the heads of
+    its task type among `modules_to_save`, the base model's name."""
     conv = any(not isinstance(base_layer(model, path), nn.Linear) for path in shapes)
     if conv != config.fan_in_fan_out:
         kind = "Conv1D" if conv else "torch.nn.Linear"
         warnings.warn(f"fan_in_fan_out set to {conv}: the targets are {kind} layers", stacklevel=4)
     targets = config.target_modules if isinstance(config.target_modules, list) else short_names(model, shapes)
     base_name = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    return replace(config, target_modules=targets, fan_in_fan_out=conv, base_model_name_or_path=base_name)
+    return replace(
+        config,
+        target_modules=targets,
+        fan_in_fan_out=conv,
+        modules_to_save=saved_names(config) or None,
+        base_model_name_or_path=base_name,
+    )

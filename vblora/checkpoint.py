@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,10 +31,12 @@ BANK_KEY = "base_model.vblora_vector_bank"
 PREFIX = "base_model.model."
 SIDES = ("A", "B")
 MAX_WEIGHTS_BYTES = MAX_FILE_BYTES
-_SHOWN = 3
+_SHOWN = 200
 _WEIGHT_SLACK = 1e-3
 _ROUNDING = 1e-6
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
+# With bias "all", PEFT writes the biases of modules_to_save again under the names of its wrapper.
+_REPEATED = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 _INTEGERS = frozenset({torch.uint8, torch.int16, torch.int32, torch.int64})
 
 
@@ -177,10 +180,11 @@ def _in_mode(checkpoint: AdapterCheckpoint, topk_only: bool) -> AdapterCheckpoin
 
 
 def _checked(config: VBLoRAConfig, tensors: dict[str, Tensor]) -> AdapterCheckpoint:
+    tensors = {key: tensor for key, tensor in tensors.items() if not _REPEATED.search(key)}
     modules, extra_keys = _names(config, tensors)
     bank = _float(tensors, BANK_KEY, (config.num_vectors, config.vector_length))
     read = _read_topk if config.save_only_topk_weights else _read_logits
-    extras = {key.removeprefix(PREFIX).replace(".base_layer.", "."): _finite(key, tensors[key]) for key in extra_keys}
+    extras = {key.removeprefix(PREFIX).replace(".base_layer.", "."): _value(key, tensors[key]) for key in extra_keys}
     return AdapterCheckpoint(config, bank, {path: read(config, tensors, path) for path in modules}, extras)
 
 
@@ -200,8 +204,7 @@ def _names(config: VBLoRAConfig, tensors: Mapping[str, Tensor]) -> tuple[list[st
     }
     expected = {BANK_KEY, *(f"{PREFIX}{path}{suffix}" for path in modules for suffix in suffixes)}
     extras = [key for key in tensors if key not in expected and _is_extra(config, key)]
-    _refuse("is missing", (key for key in expected if key not in tensors))
-    _refuse("is not expected here", (key for key in tensors if key not in expected and key not in extras))
+    refuse_names(missing=expected - tensors.keys(), unexpected=tensors.keys() - expected - set(extras))
     if not modules:
         raise CheckpointError(f"no tensor named {PREFIX}<module>{suffixes[0]}: the file adapts no module")
     return sorted(modules), extras
@@ -215,11 +218,17 @@ def _is_extra(config: VBLoRAConfig, key: str) -> bool:
     return any(f".{name}." in key for name in config.modules_to_save or ())
 
 
-def _refuse(fault: str, names: Iterable[str]) -> None:
-    found = sorted(names)
-    if found:
-        more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
-        raise CheckpointError(f"{', '.join(found[:_SHOWN])}{more}: {fault}")
+def refuse_names(*, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise `CheckpointError` that names every tensor that is missing and every one that is not expected, if any."""
+    faults = [
+        f"{', '.join(sorted(names)[:_SHOWN])}"
+        + (f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else "")
+        + f": {fault}"
+        for fault, names in (("is missing", missing), ("is not expected here", unexpected))
+        if names
+    ]
+    if faults:
+        raise CheckpointError("; ".join(faults))
 
 
 def _sides(config: VBLoRAConfig, tensors: Mapping[str, Tensor], path: str, kind: str, last: int) -> Iterator[
@@ -275,6 +284,11 @@ def _weights(tensors: Mapping[str, Tensor], indices_key: str, shape: tuple[int, 
 
 def _float(tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
     return _finite(key, _shaped(key, tensors[key], shape))
+
+
+def _value(key: str, tensor: Tensor) -> Tensor:
+    """A tensor of a whole module: counters, like batch normalisation's, are integers."""
+    return tensor if tensor.dtype in _INTEGERS else _finite(key, tensor)
 
 
 def _shaped(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

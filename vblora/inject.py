@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -18,6 +18,12 @@ from vblora.errors import CheckpointError, ConfigError, TargetError
 from vblora.layer import AdaptedLinear
 
 ALL_LINEAR = "all-linear"
+_CLASSIFIERS = ("classifier", "score")
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": _CLASSIFIERS,
+    "TOKEN_CLS": _CLASSIFIERS,
+    "QUESTION_ANS": ("qa_outputs",),
+}
 DEFAULT_TARGETS: Mapping[str, Names] = {
     architecture: targets
     for architectures, targets in (
@@ -38,39 +44,68 @@ DEFAULT_TARGETS: Mapping[str, Names] = {
 }
 
 
-def check_supported(config: VBLoRAConfig) -> None:
-    """Raise `ConfigError`, naming the field, for what a model cannot be given."""
-    if config.bias != "none":
-        raise ConfigError(f'bias: "{config.bias}" is not supported, only "none"')
-    for name in ("modules_to_save", "layers_to_transform", "layers_pattern"):
-        if getattr(config, name):
-            raise ConfigError(f"{name} is not supported")
-    if config.layers_to_transform is not None:
-        raise ConfigError("layers_to_transform is not supported")
-    if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        raise ConfigError(f"task_type: {config.task_type} is not supported, because its classifier head is not")
-
-
 def find_targets(model: nn.Module, config: VBLoRAConfig) -> dict[str, ModuleShape]:
     """The targets of an adapter by their paths in the base model, as if nothing was wrapped.
 
-    Raises `TargetError` if there is none, one is no linear layer, or one is not divisible by the vector length;
-    `ConfigError` for a bad pattern, or when no targets are given and none are known for this architecture.
+    A module in `modules_to_save` is trained as a whole, and is never a target. Raises `TargetError` if there is no
+    target, one is no linear layer, or one is not divisible by the vector length; `ConfigError` for a bad pattern, or
+    when no targets are given and none are known for this architecture.
     """
-    check_supported(config)
     wanted = _default_targets(model) if config.target_modules is None else config.target_modules
-    modules = dict(_base_modules(model))
+    if isinstance(wanted, str) and wanted != ALL_LINEAR and config.layers_to_transform is not None:
+        raise ConfigError("layers_to_transform needs target_modules to be a list, not a regular expression")
+    modules = dict(base_modules(model))
     if wanted == ALL_LINEAR:
         output = output_layer_name(model)
         names = [name for name, module in modules.items() if linear_shape(module) and name != output]
     else:
-        names = [name for name in modules if _matches(name, wanted, "target_modules")]
-    names = [name for name in names if not _matches(name, config.exclude_modules, "exclude_modules")]
+        names = [name for name in modules if matches(plain_path(name), wanted, "target_modules")]
+    names = [name for name in names if not matches(plain_path(name), config.exclude_modules, "exclude_modules")]
+    names = [name for name in names if not _inside(plain_path(name), saved_names(config))]
+    exact = set(wanted) if isinstance(wanted, list) else set()
+    names = _in_layers(names, exact, config)
     if not names:
         raise TargetError(f"target_modules: no module of the base model matches {wanted!r}")
     shapes = {name: _shape(name, modules[name]) for name in names}
     check_divisible(shapes, config.vector_length)
     return shapes
+
+
+def saved_names(config: VBLoRAConfig) -> list[str]:
+    """`modules_to_save`, with the heads of the task type; which heads a model has is its own affair."""
+    return list(dict.fromkeys([*(config.modules_to_save or ()), *HEADS.get(config.task_type or "", ())]))
+
+
+def _inside(path: str, names: Collection[str]) -> bool:
+    return any(f".{name}." in f".{path}." for name in names)
+
+
+def _in_layers(paths: Sequence[str], exact: Collection[str], config: VBLoRAConfig) -> list[str]:
+    """The paths in the layers to transform, and those that are named in full.
+
+    A layer's index is the first number in a path, after one of the patterns where there are any. Raises `TargetError`
+    for an index that no path has.
+    """
+    if config.layers_to_transform is None or config.layers_to_transform == []:
+        return list(paths)
+    layers = config.layers_to_transform
+    wanted = set(layers) if isinstance(layers, list) else {layers}
+    indices = {path: _layer_index(plain_path(path), config.layers_pattern) for path in paths}
+    if unknown := sorted(wanted - set(indices.values())):
+        raise TargetError(f"layers_to_transform: no target lies in layer {unknown[0]}")
+    return [path for path, index in indices.items() if index in wanted or plain_path(path) in exact]
+
+
+def _layer_index(path: str, patterns: Names) -> int | None:
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in listed or [r"[^.]+"]:
+        try:
+            found = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", path)
+        except re.error as error:
+            raise ConfigError(f"layers_pattern: {pattern!r} is not a regular expression: {error}") from error
+        if found:
+            return int(found[found.lastindex or 1])
+    return None
 
 
 def check_divisible(shapes: Mapping[str, ModuleShape], vector_length: int) -> None:
@@ -89,12 +124,13 @@ def check_divisible(shapes: Mapping[str, ModuleShape], vector_length: int) -> No
 def short_names(model: nn.Module, targets: Collection[str]) -> list[str]:
     """A list of names that targets exactly these modules: the last parts of their paths where that is enough."""
     leaves = sorted({path.rpartition(".")[2] for path in targets})
-    matched = {name for name, _ in _base_modules(model) if _matches(name, leaves, "target_modules")}
-    return leaves if matched == set(targets) else sorted(targets)
+    matched = {name for name, _ in base_modules(model) if matches(plain_path(name), leaves, "target_modules")}
+    return leaves if matched == set(targets) else sorted(map(plain_path, targets))
 
 
 def check_modules(checkpoint: AdapterCheckpoint, shapes: Mapping[str, ModuleShape]) -> None:
     """Raise unless a file holds exactly the targeted modules (`CheckpointError`) in their sizes (`TargetError`)."""
+    shapes = {plain_path(path): shape for path, shape in shapes.items()}
     for fault, names in (
         ("the file has no tensors for", shapes.keys() - checkpoint.modules.keys()),
         ("the configuration does not target", checkpoint.modules.keys() - shapes.keys()),
@@ -141,7 +177,13 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def plain_path(path: str) -> str:
+    """A path without what `torch.compile` puts into it: files know modules by these."""
+    return path.replace("_orig_mod.", "")
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the base model by its path, as if nothing was wrapped."""
     inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
@@ -152,7 +194,7 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _matches(name: str, wanted: Names, field: str) -> bool:
+def matches(name: str, wanted: Names, field: str) -> bool:
     """A string is a regular expression for the whole name; a list holds names and suffixes after a dot."""
     if isinstance(wanted, str):
         try:

@@ -20,6 +20,9 @@ from vblora.checkpoint import LogitsModule, TopKModule
 from vblora.config import VBLoRAConfig
 from vblora.mixture import TopK, compose, matrix_a, matrix_b, topk_mixture
 
+Matrices = tuple[Tensor, Tensor]
+BASE_ROWS = "__base__"  # PEFT's name for rows that use no adapter
+
 
 def module_key(adapter_name: str) -> str:
     """A name for torch's containers, which refuse dots and some words; different adapters have different keys."""
@@ -33,11 +36,16 @@ class LayerAdapter(nn.Module, ABC):
         super().__init__()
         self._bank = (bank,)  # in a tuple, so that torch does not register it once a layer
         self.dropout = nn.Dropout(dropout)
-        self._composed: tuple[object, tuple[Tensor, Tensor]] | None = None
+        self._composed: tuple[object, Matrices] | None = None
+        self.given: Matrices | None = None  # composed by the model, for all layers at once
 
     @property
     def bank(self) -> VectorBank:
         return self._bank[0]
+
+    def use_bank(self, bank: VectorBank) -> None:
+        """Mix from this bank from now on."""
+        self._bank = (bank,)
 
     @property
     @abstractmethod
@@ -48,8 +56,12 @@ class LayerAdapter(nn.Module, ABC):
     def mixtures(self) -> tuple[TopK, TopK]:
         """The top-k metadata of A and of B."""
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
+    def matrices(self) -> Matrices:
         """A (r, in) and B (out, r). Without gradients they are composed once and kept until a tensor changes."""
+        if self.given is not None:
+            return self.given
+        if torch.compiler.is_compiling():
+            return self._compose()
         state = None if torch.is_grad_enabled() else self._state()
         if state is None:
             self._composed = None
@@ -63,7 +75,7 @@ class LayerAdapter(nn.Module, ABC):
         a, b = self.matrices()
         return F.linear(F.linear(self.dropout(x.to(a.dtype)), a), b)
 
-    def _compose(self) -> tuple[Tensor, Tensor]:
+    def _compose(self) -> Matrices:
         mixture_a, mixture_b = self.mixtures()
         bank = self.bank.vectors.to(mixture_a.weights.device)
         return matrix_a(compose(mixture_a, bank)), matrix_b(compose(mixture_b, bank))
@@ -130,40 +142,60 @@ class TopKAdapter(LayerAdapter):
 class AdaptedLinear(nn.Module):
     """Wraps a linear layer. `active` and `merged` name adapters; those that do not target this layer are skipped.
 
-    `original_weight` is the base layer's own parameter while a sum of weights and deltas stands in for it.
+    `rows` names an adapter for each row of the batch instead. `original_weight` is the base layer's own parameter
+    while a sum of weights and deltas stands in for it.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
+        self._by_name: dict[str, LayerAdapter] = {}
         self.active: list[str] = []
         self.merged: list[str] = []
+        self.rows: list[str] | None = None
         self.enabled = True
         self.original_weight: tuple[nn.Parameter] | None = None  # in a tuple: torch must not register it
         self.train(base_layer.training)
 
+    def add(self, name: str, adapter: LayerAdapter) -> None:
+        """Register what the adapter of this name adds here."""
+        self.adapters[module_key(name)] = adapter.train(self.training)
+        self._by_name[name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter, if it is there."""
+        if self._by_name.pop(name, None) is not None:
+            del self.adapters[module_key(name)]
+
     def adapter(self, name: str) -> LayerAdapter | None:
         """What the adapter of this name adds here, None if it does not target this layer."""
-        key = module_key(name)
-        if key not in self.adapters:
-            return None
-        found = self.adapters[key]
-        assert isinstance(found, LayerAdapter)
-        return found
+        return self._by_name.get(name)
 
     def targeted_by(self, names: Sequence[str]) -> list[LayerAdapter]:
         """Those of the named adapters that target this layer."""
-        return [adapter for name in names if (adapter := self.adapter(name)) is not None]
+        return [self._by_name[name] for name in names if name in self._by_name]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if not self.enabled:
             return result
+        if self.rows is not None:
+            return self._add_to_rows(x, result, self.rows)
         y = result
         for adapter in self.targeted_by([name for name in self.active if name not in self.merged]):
             y = y + adapter.delta(x)
         return y.to(result.dtype)
+
+    def _add_to_rows(self, x: Tensor, result: Tensor, rows: list[str]) -> Tensor:
+        """Each row's own delta. A layer may see a multiple of the rows: tokens laid flat, or beams, row after row."""
+        repeats = len(x) // len(rows)
+        y = result.clone()
+        for name in dict.fromkeys(rows):
+            for adapter in self.targeted_by([name]):
+                mine = torch.tensor([row == name for row in rows], device=x.device).repeat_interleave(repeats)
+                y[mine] = (y[mine] + adapter.delta(x[mine])).to(y.dtype)
+        return y
 
     def __getattr__(self, name: str) -> Any:
         """Models ask their layers for `weight`, `in_features` and the like: the base layer answers."""

@@ -6,6 +6,7 @@ rows `α_i` and logits `σ` of one sub-vector, the sub-vector is `Σ_{i in top k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,18 @@ def compose(mixture: TopK, bank: Tensor) -> Tensor:
         indices.reshape(-1, k).long(), bank, per_sample_weights=weights.reshape(-1, k).to(bank.dtype), mode="sum"
     )
     return flat.reshape(*indices.shape[:-1], bank.shape[1])
+
+
+def compose_all(mixtures: Sequence[TopK], bank: Tensor) -> list[Tensor]:
+    """What `compose` gives for each mixture, in one operation: k must be the same in all."""
+    k = mixtures[0].indices.shape[-1]
+    joined = TopK(
+        torch.cat([mixture.indices.reshape(-1, k).long() for mixture in mixtures]),
+        torch.cat([mixture.weights.reshape(-1, k) for mixture in mixtures]),
+    )
+    sizes = [mixture.indices[..., 0].numel() for mixture in mixtures]
+    parts = compose(joined, bank).split(sizes)
+    return [part.view(*mixture.indices.shape[:-1], -1) for part, mixture in zip(parts, mixtures, strict=True)]
 
 
 def matrix_a(sub_a: Tensor) -> Tensor:

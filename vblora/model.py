@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,21 @@ from vblora.bank import VectorBank
 from vblora.build import check_bank, device_of, loaded_adapters, random_adapters, random_bank, settled
 from vblora.checkpoint import AdapterCheckpoint, read_adapter, write_adapter
 from vblora.config import VBLoRAConfig
+from vblora.contexts import check_rows, composed, each_row
 from vblora.errors import AdapterNameError, CheckpointError, ConfigError
-from vblora.inject import check_modules, check_supported, find_targets, unwrap, wrap
-from vblora.layer import AdaptedLinear, LayerAdapter, LogitsAdapter, module_key
+from vblora.extras import Extras
+from vblora.inject import check_modules, find_targets, plain_path
+from vblora.layer import BASE_ROWS
 from vblora.merge import merge, unmerge
 from vblora.parameters import savable_parameters
+from vblora.registry import DEFAULT_NAME, AdapterRegistry
 
-DEFAULT_NAME = "default"
 
-
-class VBLoRAModel(nn.Module):
+class VBLoRAModel(AdapterRegistry):
     """Wraps `model` in place, freezes it, and adds a first, active adapter.
 
-    Attribute access, `forward` and `generate` go to the base model. Adapter parameters are float32 on any base.
+    Attribute access, `forward` and `generate` go to the base model. Logits and banks are float32 on any base; modules
+    to save and biases keep the base's dtype, and only one active adapter may have any.
 
     Args:
         model: the base model.
@@ -57,19 +59,9 @@ class VBLoRAModel(nn.Module):
         bank: VectorBank | None = None,
         freeze_bank: bool = False,
     ) -> None:
-        self._set_up(model)
+        super().__init__(model)
         self.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, bank=bank, freeze_bank=freeze_bank)
         self.set_adapter(adapter_name)
-
-    def _set_up(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.banks = nn.ModuleDict()
-        self.peft_config: dict[str, VBLoRAConfig] = {}
-        self.layers: dict[str, AdaptedLinear] = {}
-        self._active: list[str] = []
-        self._merged: list[str] = []
-        model.requires_grad_(False)
 
     @classmethod
     def from_pretrained(
@@ -78,14 +70,16 @@ class VBLoRAModel(nn.Module):
         path: str | os.PathLike[str],
         adapter_name: str = DEFAULT_NAME,
         is_trainable: bool = False,
+        *,
+        freeze_bank: bool = False,
     ) -> VBLoRAModel:
         """Wrap `model` with the adapter in the folder `path`, active; in eval mode unless `is_trainable`.
 
         Raises `CheckpointError`, a top-k-only file with `is_trainable` included, `TargetError` and `ConfigError`.
         """
         adapted = cls.__new__(cls)
-        adapted._set_up(model)
-        adapted.load_adapter(path, adapter_name, is_trainable=is_trainable)
+        AdapterRegistry.__init__(adapted, model)
+        adapted.load_adapter(path, adapter_name, is_trainable=is_trainable, freeze_bank=freeze_bank)
         adapted.set_adapter(adapter_name, inference_mode=not is_trainable)
         return adapted if is_trainable else adapted.eval()
 
@@ -106,53 +100,41 @@ class VBLoRAModel(nn.Module):
             bank = random_bank(config, device or device_of(self.model, next(iter(shapes))))
         check_bank(config, bank)
         bank.frozen = bank.frozen or freeze_bank
+        with self._without_extras():
+            extras = Extras.of(self.model, config, shapes).to(device)
         adapters = random_adapters(self.model, config, shapes, bank, device)
-        self._add(adapter_name, settled(self.model, config, shapes), bank, adapters)
+        self._add(adapter_name, settled(self.model, config, shapes), bank, adapters, extras)
 
-    def load_adapter(self, path: str | os.PathLike[str], adapter_name: str, *, is_trainable: bool = False) -> None:
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        adapter_name: str,
+        *,
+        is_trainable: bool = False,
+        freeze_bank: bool = False,
+    ) -> None:
         """Add the adapter in the folder `path`, inactive. Top-k-only files stay sparse in memory.
 
+        A bank that another adapter of this model holds already, bit for bit, is kept once until one of them is trained.
         Raises `CheckpointError` if the files are bad, lack a targeted module, or are top-k only with `is_trainable`;
-        `TargetError` if the base model does not fit, `ConfigError` for what is not supported, `AdapterNameError`.
+        `TargetError` or `ConfigError` if the base model does not fit, `AdapterNameError`.
         """
         self._check_new_name(adapter_name)
         checkpoint = read_adapter(path)
         config = replace(checkpoint.config, inference_mode=not is_trainable)
-        check_supported(config)
         if is_trainable and not checkpoint.trainable:
             raise CheckpointError("a top-k-only adapter has no logits and cannot be trained: load a full one")
         shapes = find_targets(self.model, config)
         check_modules(checkpoint, shapes)
-        bank = VectorBank(checkpoint.bank).to(device_of(self.model, next(iter(shapes))))
-        adapters = loaded_adapters(self.model, checkpoint, bank)
-        self._add(adapter_name, settled(self.model, config, shapes), bank, adapters)
-
-    def _add(self, name: str, config: VBLoRAConfig, bank: VectorBank, adapters: dict[str, LayerAdapter]) -> None:
-        self.peft_config[name] = config
-        self.banks[module_key(name)] = bank
-        for path, adapter in adapters.items():
-            layer = self.layers[path] = wrap(self.model, path)
-            layer.adapters[module_key(name)] = adapter.train(layer.training)
-            layer.active = list(self._active)
-        self._update_requires_grad()
-
-    def _check_new_name(self, name: str) -> None:
-        if not name or name in (".", "..") or any(character in name for character in "/\\\0"):
-            raise AdapterNameError(f"{name!r} cannot name an adapter: it could not name a folder")
-        if name in self.peft_config:
-            raise AdapterNameError(f"an adapter named {name!r} exists already")
-
-    def _known(self, names: str | Sequence[str]) -> list[str]:
-        listed = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-        for name in listed:
-            if name not in self.peft_config:
-                raise AdapterNameError(f"no adapter named {name!r}; there are {', '.join(self.peft_config) or 'none'}")
-        return listed
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters that add to the base model's output."""
-        return list(self._active)
+        with self._without_extras():
+            extras = Extras.of(self.model, config, shapes)
+        extras.load(checkpoint.extras)
+        bank = VectorBank(checkpoint.bank, frozen=freeze_bank).to(device_of(self.model, next(iter(shapes))))
+        equal = self._equal_bank(bank)
+        adapters = loaded_adapters(self.model, checkpoint, shapes, equal or bank)
+        self._add(adapter_name, settled(self.model, config, shapes), equal or bank, adapters, extras)
+        if equal:
+            self._lent.add(adapter_name)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate these adapters and no others; only theirs train, and none in `inference_mode`.
@@ -160,37 +142,15 @@ class VBLoRAModel(nn.Module):
         Merged adapters are unmerged first, with a warning. Raises `AdapterNameError`.
         """
         names = self._known(adapter_name)
+        extras = self._extras_of(names)
         if self._merged:
             warnings.warn("adapters were merged: unmerging them before the switch", stacklevel=2)
             self.unmerge_adapter()
         for name in names:
             self.peft_config[name].inference_mode = inference_mode
-        self._active = names
-        for layer in self.layers.values():
-            layer.active = list(names)
+        self._activate(names)
+        self._install(extras)
         self._update_requires_grad()
-
-    def _update_requires_grad(self) -> None:
-        trained = [name for name in self._active if not self.peft_config[name].inference_mode]
-        for name in self.peft_config:
-            for adapter in self.layer_adapters(name).values():
-                adapter.requires_grad_(name in trained)
-        self.banks.requires_grad_(False)
-        for name in trained:
-            bank = self.bank(name)
-            has_logits = any(isinstance(adapter, LogitsAdapter) for adapter in self.layer_adapters(name).values())
-            bank.requires_grad_(bank.vectors.requires_grad or (has_logits and not bank.frozen))
-
-    def bank(self, adapter_name: str = DEFAULT_NAME) -> VectorBank:
-        """The bank of an adapter. Raises `AdapterNameError`."""
-        bank = self.banks[module_key(self._known(adapter_name)[0])]
-        assert isinstance(bank, VectorBank)
-        return bank
-
-    def layer_adapters(self, adapter_name: str) -> dict[str, LayerAdapter]:
-        """The shares of an adapter in the layers that it targets, by path."""
-        found = {path: layer.adapter(adapter_name) for path, layer in self.layers.items()}
-        return {path: adapter for path, adapter in found.items() if adapter is not None}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its bank; if it was the active one, none is active afterwards.
@@ -200,14 +160,7 @@ class VBLoRAModel(nn.Module):
         self._known(adapter_name)
         if adapter_name in self._merged:
             raise AdapterNameError(f"adapter {adapter_name!r} is merged: unmerge it before deleting it")
-        for layer in self.layers.values():
-            if layer.adapter(adapter_name) is not None:
-                del layer.adapters[module_key(adapter_name)]
-        del self.banks[module_key(adapter_name)]
-        del self.peft_config[adapter_name]
-        self._active = [name for name in self._active if name != adapter_name]
-        for layer in self.layers.values():
-            layer.active = list(self._active)
+        self._remove(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -217,15 +170,21 @@ class VBLoRAModel(nn.Module):
         if merged:
             self.unmerge_adapter()
         try:
-            yield
+            with self._without_extras():
+                yield
         finally:
             self._set_enabled(True)
             if merged:
                 self.merge_adapter(merged)
 
-    def _set_enabled(self, enabled: bool) -> None:
-        for layer in self.layers.values():
-            layer.enabled = enabled
+    @contextmanager
+    def composed(self) -> Iterator[None]:
+        """Within this context the active adapters are composed once, for all layers in one operation.
+
+        For one step of training, its backward included: the gradients are the same, and less is spent on each layer.
+        """
+        with composed([adapter for name in self._active for adapter in self.layer_adapters(name).values()]):
+            yield
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters, by default the active ones, into the base weights, beside those that are merged already.
@@ -239,14 +198,17 @@ class VBLoRAModel(nn.Module):
             raise AdapterNameError(f"adapter_names must be a list of names, not the string {adapter_names!r}")
         wanted = self._known(self._active if adapter_names is None else adapter_names)
         names = list(dict.fromkeys([*self._merged, *wanted]))
-        merge(self.layers, names, safe=safe_merge, progress=progressbar)
+        extras = self._extras_of(names)
+        merge(self.adapted_layers, names, safe=safe_merge, progress=progressbar)
+        self._install(extras)
         self._merged = names
 
     def unmerge_adapter(self) -> None:
         """Put the base model's own weights back, bit for bit."""
         if not self._merged:
             warnings.warn("nothing is merged", stacklevel=2)
-        unmerge(self.layers)
+        unmerge(self.adapted_layers)
+        self._install(self._extras_of(self._active))
         self._merged = []
 
     def merge_and_unload(
@@ -261,22 +223,16 @@ class VBLoRAModel(nn.Module):
         return self._unwrapped()
 
     def unload(self) -> nn.Module:
-        """The base model as it was, without adapters."""
-        unmerge(self.layers)
+        """The base model as it was, without adapters: the same module objects in the same places."""
+        unmerge(self.adapted_layers)
+        self._install([])
         return self._unwrapped()
-
-    def _unwrapped(self) -> nn.Module:
-        for path in self.layers:
-            unwrap(self.model, path)
-        self.layers, self.peft_config, self.banks = {}, {}, nn.ModuleDict()
-        self._active, self._merged = [], []
-        return self.model
 
     def checkpoint(self, adapter_name: str = DEFAULT_NAME) -> AdapterCheckpoint:
         """An adapter as it would be saved; its tensors are the model's own, not copies."""
         bank = self.bank(adapter_name).vectors.detach()
-        modules = {path: adapter.content for path, adapter in self.layer_adapters(adapter_name).items()}
-        return AdapterCheckpoint(self.peft_config[adapter_name], bank, modules, {})
+        modules = {plain_path(path): adapter.content for path, adapter in self.layer_adapters(adapter_name).items()}
+        return AdapterCheckpoint(self.peft_config[adapter_name], bank, modules, self._extras(adapter_name).tensors())
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], selected_adapters: Sequence[str] | None = None
@@ -301,14 +257,36 @@ class VBLoRAModel(nn.Module):
             f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, with the active adapters. Raises `ConfigError` for `adapter_names`."""
-        return self.model(*args, **_without_adapter_names(kwargs))
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward, with the active adapters, or with one for each row of the batch.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, with the active adapters. Raises `ConfigError` for `adapter_names`."""
+        In `adapter_names` ``__base__`` stands for no adapter. Raises `AdapterNameError` for an unknown name;
+        `ConfigError` if the names are not as many as the rows, while adapters are merged, and for adapters with
+        modules_to_save or biases, of which a forward has only one.
+        """
+        with self._rows(adapter_names, args, kwargs):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`; `adapter_names` and errors are `forward`'s."""
         generate: Any = self.model.generate
-        return generate(*args, **_without_adapter_names(kwargs))
+        with self._rows(adapter_names, args, kwargs):
+            return generate(*args, **kwargs)
+
+    def _rows(
+        self, names: Sequence[str] | None, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> AbstractContextManager[None]:
+        if names is None:
+            return nullcontext()
+        if isinstance(names, str):
+            raise AdapterNameError(f"adapter_names must be a list of names, not the string {names!r}")
+        used = self._known([name for name in names if name != BASE_ROWS])
+        if self._merged:
+            raise ConfigError("adapter_names: adapters are merged, and would add to every row; unmerge them first")
+        if own := [name for name in used if not self._extras(name).is_empty]:
+            raise ConfigError(f"adapter_names: {own[0]!r} has modules_to_save or biases, which no single row can have")
+        check_rows(names, [*args, *kwargs.values()])
+        return each_row(self.adapted_layers.values(), names)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -329,9 +307,3 @@ def get_vblora_model(
 ) -> VBLoRAModel:
     """Wrap `model` with a new adapter; arguments and errors are `VBLoRAModel`'s."""
     return VBLoRAModel(model, config, adapter_name, bank=bank, freeze_bank=freeze_bank)
-
-
-def _without_adapter_names(kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.get("adapter_names") is not None:
-        raise ConfigError("adapter_names: rows with different adapters are not supported here; use AdapterSlots")
-    return {name: value for name, value in kwargs.items() if name != "adapter_names"}

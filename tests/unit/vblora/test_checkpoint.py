@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -192,9 +193,18 @@ def test_malformed_topk_files(topk: Tensors, change: Callable[[Tensors], Tensors
         read(config, change(topk))
 
 
-def test_every_missing_name_is_counted_at_once(full: Tensors) -> None:
+def test_every_missing_and_every_unexpected_name_is_said_at_once(full: Tensors) -> None:
+    kept = {name: tensor for name, tensor in full.items() if "logits_B" not in name and "bank" not in name}
     extra = {f"stray.{number}": torch.ones(1) for number in range(5)}
-    with pytest.raises(CheckpointError, match=r"stray.0, stray.1, stray.2 \(and 2 more\)"):
+    missing = ", ".join(sorted(full.keys() - kept.keys()))
+    message = f"{missing}: is missing; stray.0, stray.1, stray.2, stray.3, stray.4: is not expected here"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        read(CONFIG, {**kept, **extra})
+
+
+def test_a_file_of_a_thousand_strangers_gets_a_message_of_bounded_length(full: Tensors) -> None:
+    extra = {f"stray.{number:04d}": torch.ones(1) for number in range(1000)}
+    with pytest.raises(CheckpointError, match=r"stray\.0199 \(and 800 more\)"):
         read(CONFIG, {**full, **extra})
 
 

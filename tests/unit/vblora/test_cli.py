@@ -71,7 +71,8 @@ def test_errors_are_one_line_and_status_one(
         (bad, [], "bad.jsonl:2: expected the fields prompt and completion"),
         (data, ["--vector-length", 48], "divide all 4 targets: 1, 2, 4, 8, 16, 32"),
         (data, ["--topk", 0], "topk must be a positive integer"),
-        (data, ["--bias", "all", "--vector-length", 16], 'bias: "all" is not supported'),
+        (data, ["--bias", "some"], "bias must be one of none, all, vblora_only, not 'some'"),
+        (data, ["--modules-to-save", "haed", "--vector-length", 16], "no module named 'haed'"),
         (data, ["--layers-to-transform", "x"], "layers_to_transform must be layer indices"),
         (data, ["--bank", tmp_path / "bank.safetensors"], "bank.safetensors is missing"),
     ):

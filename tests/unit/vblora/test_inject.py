@@ -72,19 +72,33 @@ def test_what_does_not_fit_is_named() -> None:
         targets(tiny_model(), target_modules="[")
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"bias": "all"},
-        {"modules_to_save": ["lm_head"]},
-        {"layers_to_transform": 0},
-        {"layers_to_transform": [0], "layers_pattern": "layers"},
-        {"task_type": "SEQ_CLS"},
-    ],
-)
-def test_what_is_not_supported_is_said(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(values))):
-        targets(tiny_model(), **values)
+def test_layers_to_transform() -> None:
+    model = tiny_model(num_hidden_layers=3)
+    for layers in ([1], 1):
+        assert targets(model, target_modules="all-linear", layers_to_transform=layers) == {
+            name for name in targets(model, target_modules="all-linear") if ".1." in name
+        }
+    chosen = targets(model, target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern="layers")
+    assert chosen == {f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 2)}
+    # A module that is named in full needs to be in no layer.
+    named = "model.layers.2.self_attn.v_proj"
+    exact = targets(model, target_modules=["q_proj", named], layers_to_transform=[0])
+    assert exact == {"model.layers.0.self_attn.q_proj", named}
+    assert targets(model, target_modules=["q_proj"], layers_to_transform=[]) == targets(
+        model, target_modules=["q_proj"]
+    )
+    for layers, pattern in ([0, 7], None), ([0], "blocks"):
+        with pytest.raises(TargetError, match="layers_to_transform: no target lies in layer"):
+            targets(model, target_modules=["q_proj"], layers_to_transform=layers, layers_pattern=pattern)
+    with pytest.raises(ConfigError, match="needs target_modules to be a list"):
+        targets(model, target_modules=".*q_proj", layers_to_transform=[0])
+    with pytest.raises(ConfigError, match="layers_pattern: '\\['"):
+        targets(model, target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=["["])
+
+
+def test_a_module_saved_as_a_whole_is_no_target() -> None:
+    names = targets(tiny_model(), target_modules="all-linear", modules_to_save=["mlp"])
+    assert suffixes(names) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_conv1d_is_recognised_with_a_warning() -> None:

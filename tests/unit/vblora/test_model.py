@@ -246,8 +246,6 @@ def test_it_forwards_to_the_base_model(model: VBLoRAModel) -> None:
     assert out.shape[0] == 1
     with pytest.raises(AttributeError):
         model.does_not_exist  # noqa: B018
-    with pytest.raises(ConfigError, match="adapter_names"):
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), adapter_names=["default"])
 
 
 def test_a_copy_shares_nothing(model: VBLoRAModel) -> None:
