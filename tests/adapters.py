@@ -16,9 +16,9 @@ from serving.adapters.state import JsonCatalogStore
 from serving.adapters.storage import LocalStorage
 from serving.types import Caller
 from vblora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterCheckpoint, TopKModule, write_adapter
-from vblora.compact import ModuleShape, SlotLayout
+from vblora.compact import SlotLayout
 from vblora.config import VBLoRAConfig
-from vblora.mixture import topk_mixture
+from vblora.mixture import ModuleShape, topk_mixture
 
 LAYOUT = SlotLayout({"layers.0.q_proj": ModuleShape(16, 8), "layers.0.v_proj": ModuleShape(16, 16)}, max_rank=8)
 ANN = Caller("ann", frozenset({"tenant"}))

@@ -16,6 +16,7 @@ from vblora.errors import (
     TargetError,
     VBLoRAError,
 )
+from vblora.export import export_lora
 from vblora.model import VBLoRAModel, get_vblora_model
 from vblora.parameters import param_groups
 
@@ -32,6 +33,7 @@ __all__ = [
     "VBLoRAError",
     "VBLoRAModel",
     "VectorBank",
+    "export_lora",
     "get_vblora_model",
     "param_groups",
     "read_adapter",

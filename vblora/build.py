@@ -12,11 +12,11 @@ from torch import nn
 
 from vblora.bank import VectorBank
 from vblora.checkpoint import AdapterCheckpoint, LogitsModule
-from vblora.compact import ModuleShape
 from vblora.config import VBLoRAConfig
 from vblora.errors import ConfigError
 from vblora.inject import base_layer, plain_path, saved_names, short_names
 from vblora.layer import LayerAdapter, LogitsAdapter, TopKAdapter
+from vblora.mixture import ModuleShape
 
 Shapes = Mapping[str, ModuleShape]
 

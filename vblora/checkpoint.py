@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from vblora.config import VBLoRAConfig
 from vblora.errors import CheckpointError, ConfigError
-from vblora.mixture import TopK, index_dtype, topk_mixture
+from vblora.mixture import ModuleShape, TopK, index_dtype, topk_mixture
 from vblora.tensorfile import MAX_FILE_BYTES, MAX_JSON_BYTES, load_tensors, parse_json, read_bytes, write_atomically
 
 CONFIG_FILE = "adapter_config.json"
@@ -47,6 +48,10 @@ class TopKModule:
     a: TopK
     b: TopK
 
+    def shape(self, vector_length: int) -> ModuleShape:
+        """The linear layer that it adapts."""
+        return ModuleShape(self.a.indices.shape[1] * vector_length, self.b.indices.shape[0] * vector_length)
+
 
 @dataclass(frozen=True)
 class LogitsModule:
@@ -54,6 +59,10 @@ class LogitsModule:
 
     a: Tensor
     b: Tensor
+
+    def shape(self, vector_length: int) -> ModuleShape:
+        """The linear layer that it adapts."""
+        return ModuleShape(self.a.shape[1] * vector_length, self.b.shape[0] * vector_length)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,14 @@ class AdapterCheckpoint:
     def trainable(self) -> bool:
         """Whether training can go on from here: only logits know about vectors outside the top k."""
         return all(isinstance(module, LogitsModule) for module in self.modules.values())
+
+    def stored_extras(self) -> dict[str, Tensor]:
+        """The extras by their names in a file: PEFT's, for which an adapted layer's bias is that of its base layer."""
+        stored = {}
+        for name, tensor in self.extras.items():
+            path, _, leaf = name.rpartition(".")
+            stored[f"{PREFIX}{path}.base_layer.{leaf}" if path in self.modules else PREFIX + name] = tensor
+        return stored
 
     def topk(self) -> AdapterCheckpoint:
         """The same adapter with top-k metadata only; indices take the smallest dtype that holds them."""
@@ -136,9 +153,7 @@ def stored_tensors(checkpoint: AdapterCheckpoint) -> dict[str, Tensor]:
                 tensors[f"{key}_topk_weights"] = content.weights[..., :-1].float()
             else:
                 tensors[key] = content
-    for name, tensor in checkpoint.extras.items():
-        path, _, leaf = name.rpartition(".")
-        tensors[f"{PREFIX}{path}.base_layer.{leaf}" if path in checkpoint.modules else PREFIX + name] = tensor
+    tensors |= checkpoint.stored_extras()
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -166,9 +181,9 @@ def bank_hash(bank: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _update(update: Callable[[bytes], None], tensor: Tensor) -> None:
+def _update(update: Callable[[Any], None], tensor: Tensor) -> None:
     update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _in_mode(checkpoint: AdapterCheckpoint, topk_only: bool) -> AdapterCheckpoint:

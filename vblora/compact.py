@@ -15,15 +15,9 @@ from torch.nn import functional as F
 
 from vblora.checkpoint import AdapterCheckpoint, TopKModule, bank_hash
 from vblora.errors import IncompatibleError
+from vblora.mixture import ModuleShape
 
 SMALLEST_BUCKET = 4
-
-
-class ModuleShape(NamedTuple):
-    """One adaptable linear: `y = x Wᵀ` maps `in_features` to `out_features`."""
-
-    in_features: int
-    out_features: int
 
 
 class Run(NamedTuple):
@@ -130,8 +124,7 @@ class SlotLayout:
             )
         length = checkpoint.config.vector_length
         for name, module in checkpoint.modules.items():
-            a, b = (module.a.indices, module.b.indices) if isinstance(module, TopKModule) else (module.a, module.b)
-            found = ModuleShape(a.shape[1] * length, b.shape[0] * length)
+            found = module.shape(length)
             if found != self.modules[name]:
                 raise IncompatibleError(
                     f"target_modules: {name} maps {found.in_features} to {found.out_features} in the adapter, "

@@ -51,17 +51,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded `input_ids` and `attention_mask` (rows, length); `labels` is -100 where nothing is predicted.
+    """What a model is called with: `input_ids` (rows, length), and `attention_mask` or `position_ids` of that shape.
 
-    `labels[i, t]` is the token that follows position t.
+    `labels[i, t]` is the token that follows position t, -100 where nothing is predicted.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    inputs: Mapping[str, Tensor]
     labels: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.labels.to(device))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -188,7 +187,17 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         input_ids[row, : len(tokens)] = tokens
         attention_mask[row, : len(tokens)] = 1
         labels[row, example.start - 1 : len(tokens) - 1] = tokens[example.start :]
-    return Batch(input_ids, attention_mask, labels)
+    return Batch({"input_ids": input_ids, "attention_mask": attention_mask}, labels)
+
+
+def pack(examples: Sequence[Example]) -> Batch:
+    """Lay the examples end to end in one row, without padding: positions begin anew with each, which is what tells
+    transformers' attention to keep them apart."""
+    rows = [collate([example], 0) for example in examples]
+    input_ids = torch.cat([row.inputs["input_ids"] for row in rows], dim=1)
+    position_ids = torch.cat([torch.arange(len(example.tokens)) for example in examples]).unsqueeze(0)
+    labels = torch.cat([row.labels for row in rows], dim=1)
+    return Batch({"input_ids": input_ids, "position_ids": position_ids}, labels)
 
 
 def shuffled_batches(count: int, batch_size: int, seed: int, first_step: int) -> Iterator[list[int]]:

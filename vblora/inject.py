@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from vblora.checkpoint import AdapterCheckpoint, TopKModule
-from vblora.compact import ModuleShape, linear_shape, output_layer_name
+from vblora.checkpoint import AdapterCheckpoint
+from vblora.compact import linear_shape, output_layer_name
 from vblora.config import Names, VBLoRAConfig
 from vblora.errors import CheckpointError, ConfigError, TargetError
 from vblora.layer import AdaptedLinear
+from vblora.mixture import ModuleShape
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIERS = ("classifier", "score")
@@ -110,15 +111,20 @@ def _layer_index(path: str, patterns: Names) -> int | None:
 
 def check_divisible(shapes: Mapping[str, ModuleShape], vector_length: int) -> None:
     """Raise `TargetError` naming the first target that `vector_length` does not divide, and the lengths that would."""
-    common = math.gcd(*(size for shape in shapes.values() for size in shape))
-    if common % vector_length == 0:
+    fitting = fitting_lengths(shapes.values())
+    if vector_length in fitting:
         return
     name, shape = next(item for item in shapes.items() if any(size % vector_length for size in item[1]))
-    fitting = ", ".join(str(length) for length in range(1, common + 1) if common % length == 0)
     raise TargetError(
         f"vector_length {vector_length} does not divide both sizes of {name} (in {shape.in_features}, "
-        f"out {shape.out_features}); lengths that divide all {len(shapes)} targets: {fitting}"
+        f"out {shape.out_features}); lengths that divide all {len(shapes)} targets: {', '.join(map(str, fitting))}"
     )
+
+
+def fitting_lengths(shapes: Iterable[ModuleShape]) -> list[int]:
+    """The vector lengths that divide both sizes of every target, ascending."""
+    common = math.gcd(*(size for shape in shapes for size in shape))
+    return [length for length in range(1, common + 1) if common % length == 0]
 
 
 def short_names(model: nn.Module, targets: Collection[str]) -> list[str]:
@@ -139,8 +145,7 @@ def check_modules(checkpoint: AdapterCheckpoint, shapes: Mapping[str, ModuleShap
             raise CheckpointError(f"target_modules: {fault} {len(names)} modules, {min(names)} among them")
     length = checkpoint.config.vector_length
     for name, module in checkpoint.modules.items():
-        a, b = (module.a.indices, module.b.indices) if isinstance(module, TopKModule) else (module.a, module.b)
-        found = ModuleShape(a.shape[1] * length, b.shape[0] * length)
+        found = module.shape(length)
         if found != shapes[name]:
             raise TargetError(f"{name}: {_sizes(found)} in the adapter, {_sizes(shapes[name])} in the base model")
 

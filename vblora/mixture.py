@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class ModuleShape(NamedTuple):
+    """One adaptable linear: `y = x Wᵀ` maps `in_features` to `out_features`."""
+
+    in_features: int
+    out_features: int
 
 
 @dataclass(frozen=True)

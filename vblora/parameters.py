@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vblora.bank import VectorBank
-from vblora.checkpoint import AdapterCheckpoint, TopKModule, stored_index_dtype
+from vblora.checkpoint import AdapterCheckpoint, stored_index_dtype
+from vblora.config import VBLoRAConfig
 from vblora.layer import LogitsAdapter
+from vblora.mixture import ModuleShape
 
 
 def param_groups(
@@ -29,20 +32,33 @@ def param_groups(
     return [{"params": parameters, "lr": rate, "weight_decay": 0.0} for parameters, rate in trained if parameters]
 
 
-def savable_parameters(checkpoint: AdapterCheckpoint) -> tuple[int, int]:
-    """(VB-LoRA's, others') parameters in an adapter's file, in float32 equivalents.
+class Counts(NamedTuple):
+    """Numbers of parameters. `full` and `topk_only` are what a file of either mode holds, in float32 equivalents."""
 
-    With N sub-vectors: h·b + N·h in full, h·b + N·(k - 1) + N·k·f for top-k only, where f is the size of an index.
+    sub_vectors: int
+    trainable: int
+    full: int
+    topk_only: int
+    lora: int
+
+
+def count_parameters(config: VBLoRAConfig, shapes: Collection[ModuleShape]) -> Counts:
+    """What an adapter of these modules takes, without the extras, beside a LoRA of the same rank.
+
+    With N = Σ r (in + out) / b sub-vectors: h·b + N·h are trained and held by a full file; one of top-k metadata holds
+    h·b + N·(k - 1) + N·k·f, where f is the size of an index in units of a float32.
     """
+    h, b, k = config.num_vectors, config.vector_length, config.topk
+    lora = sum(config.r * (shape.in_features + shape.out_features) for shape in shapes)
+    sub_vectors = lora // b
+    index_size = stored_index_dtype(h).itemsize / torch.float32.itemsize
+    trainable = h * b + sub_vectors * h
+    return Counts(sub_vectors, trainable, trainable, int(h * b + sub_vectors * (k - 1 + k * index_size)), lora)
+
+
+def savable_parameters(checkpoint: AdapterCheckpoint) -> tuple[int, int]:
+    """(VB-LoRA's, others') parameters in an adapter's file, in float32 equivalents."""
     config = checkpoint.config
-    pairs = [
-        (module.a.indices, module.b.indices) if isinstance(module, TopKModule) else (module.a, module.b)
-        for module in checkpoint.modules.values()
-    ]
-    sub_vectors = sum(side.shape[0] * side.shape[1] for pair in pairs for side in pair)
-    per_sub_vector: float = config.num_vectors
-    if config.save_only_topk_weights:
-        index_size = stored_index_dtype(config.num_vectors).itemsize / torch.float32.itemsize
-        per_sub_vector = config.topk - 1 + config.topk * index_size
+    counts = count_parameters(config, [module.shape(config.vector_length) for module in checkpoint.modules.values()])
     others = sum(tensor.numel() for tensor in checkpoint.extras.values())
-    return int(config.num_vectors * config.vector_length + sub_vectors * per_sub_vector), others
+    return counts.topk_only if config.save_only_topk_weights else counts.full, others

@@ -28,10 +28,11 @@ def save_snapshot(
     fingerprint: Mapping[str, Any],
     parameters: Sequence[nn.Parameter],
     optimizer: Optimizer,
-    held_out_before: float | None,
+    held_out_before: Any,
     losses: Sequence[float],
 ) -> None:
-    """Write the state after `len(losses)` steps, atomically. `fingerprint` identifies the run, and must fit JSON."""
+    """Write the state after `len(losses)` steps, atomically. `fingerprint` identifies the run; it and
+    `held_out_before` must fit JSON."""
     tensors = {"random_state": torch.get_rng_state()}
     for index, parameter in enumerate(parameters):
         tensors[f"parameter.{index}"] = parameter.detach()
@@ -44,7 +45,7 @@ def save_snapshot(
 
 def load_snapshot(
     out: Path, fingerprint: Mapping[str, Any], parameters: Sequence[nn.Parameter], optimizer: Optimizer
-) -> tuple[float | None, list[float]]:
+) -> tuple[Any, list[float]]:
     """Restore what `save_snapshot` wrote; returns its `held_out_before` and `losses`.
 
     Raises `CheckpointError` if there is no snapshot, it is damaged, or it belongs to another run.

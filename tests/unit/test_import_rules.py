@@ -20,8 +20,8 @@ ANYTHING = {""}
 
 RULES: dict[str, set[str]] = {
     "vblora": METHOD,
-    "vblora/training.py": METHOD | {"transformers"},
-    "vblora/cli.py": METHOD | {"typer", "rich"},
+    "vblora/record.py": METHOD | {"matplotlib"},
+    "vblora/cli": METHOD | {"typer", "rich"},
     "vblora/integrations": METHOD | {"transformers", "filelock", "jinja2", "platformdirs"},
     "serving/__init__.py": {"serving.engine"} | CONTRACTS,
     "serving/types.py": set(),

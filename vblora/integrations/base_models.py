@@ -18,6 +18,9 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,7 +30,9 @@ from transformers import (
 from vblora.integrations import BaseModelError
 from vblora.integrations.gguf_cache import converted, demo_source, file_source
 
-__all__ = ["DEMO", "BaseModel", "BaseModelError", "load_base_model", "resolve_dtype"]
+__all__ = [
+    "DEMO", "BaseModel", "BaseModelError", "load_base_model", "model_on_meta", "resolve_dtype", "save_base_model",
+]  # fmt: skip
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,6 +86,40 @@ def load_base_model(
         tokenizer.chat_template = template
         _try_template(tokenizer)
     return BaseModel(source.base_id, model, tokenizer)
+
+
+def model_on_meta(name: str, task_type: str, *, progress: Callable[[str], None] | None = None) -> PreTrainedModel:
+    """The modules of a base model without weights, of the class that PEFT's `task_type` means.
+
+    Raises `BaseModelError` for an unknown task type, and as `load_base_model` does.
+    """
+    classes = {
+        "CAUSAL_LM": AutoModelForCausalLM,
+        "SEQ_CLS": AutoModelForSequenceClassification,
+        "TOKEN_CLS": AutoModelForTokenClassification,
+        "QUESTION_ANS": AutoModelForQuestionAnswering,
+    }
+    if task_type not in classes:
+        raise BaseModelError(f"task_type must be one of {', '.join(classes)}, not {task_type!r}")
+    source = _find(name, progress or (lambda message: None))
+    try:
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
+        with torch.device("meta"):
+            model: PreTrainedModel = classes[task_type].from_config(config, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise BaseModelError(f"cannot read the base model {name!r}: {_first_line(error)}") from error
+    return model
+
+
+def save_base_model(base: BaseModel, directory: Path) -> None:
+    """Write a model and its tokenizer as a folder that `load_base_model` and transformers read.
+
+    Raises `BaseModelError` if the folder holds anything already: nothing is overwritten.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise BaseModelError(f"{directory} is not empty: a model is written into a new folder")
+    base.model.save_pretrained(directory)
+    base.tokenizer.save_pretrained(directory)
 
 
 def resolve_dtype(requested: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

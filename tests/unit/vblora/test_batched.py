@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tests.support import random_adapter
 from vblora.batched import AdapterSlots, Segment, SlottedLinear, attach_slots
 from vblora.checkpoint import AdapterCheckpoint, TopKModule
-from vblora.compact import ModuleShape, SlotLayout
+from vblora.compact import SlotLayout
 from vblora.errors import IncompatibleError
-from vblora.mixture import compose, matrix_a, matrix_b
+from vblora.mixture import ModuleShape, compose, matrix_a, matrix_b
 
 INPUTS, MIDDLE, OUTPUTS = 32, 64, 32
 POPULARITY = {

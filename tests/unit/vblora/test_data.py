@@ -110,7 +110,7 @@ def test_batches_predict_the_next_token_of_the_labelled_part() -> None:
     rows = [{"prompt": "a", "completion": "the fox jumps"}, {"prompt": "the", "completion": "b"}]
     examples = [encode(Row(row, ""), tiny_tokenizer(), 100) for row in rows]
     batch = collate(examples, pad_token_id=2)
-    assert batch.attention_mask.sum(-1).tolist() == [len(found.tokens) for found in examples]
+    assert batch.inputs["attention_mask"].sum(-1).tolist() == [len(found.tokens) for found in examples]
     for row, found in enumerate(examples):
         labelled = [(place, int(label)) for place, label in enumerate(batch.labels[row]) if label != -100]
         wanted = list(enumerate(found.tokens))[found.start :]

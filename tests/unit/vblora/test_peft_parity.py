@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.bases import BASES, hyperparameters, loss, make_base, outputs
-from vblora import VBLoRAConfig, VBLoRAModel, get_vblora_model, read_adapter
+from vblora import VBLoRAConfig, VBLoRAModel, export_lora, get_vblora_model, read_adapter
 from vblora.checkpoint import content_hash
 
 pytestmark = [
@@ -121,3 +121,18 @@ def test_all_linear_chooses_the_same_modules(base: str) -> None:
     oracle = peft.get_peft_model(make_base(base), peft.VBLoRAConfig(**values))
     ours = get_vblora_model(make_base(base), VBLoRAConfig(**values))
     assert set(ours.adapted_layers) == set(oracle.targeted_module_names)
+
+
+@pytest.mark.parametrize("bias", ["none", "vblora_only"])
+@pytest.mark.parametrize("topk_only", [False, True])
+def test_an_exported_lora_answers_the_same_in_peft(base: str, bias: str, topk_only: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    values = hyperparameters(base, topk=3, bias=bias)
+    ours = get_vblora_model(make_base(base), VBLoRAConfig(**values)).eval()
+    train(base, ours)
+    ours.peft_config["default"].save_only_topk_weights = topk_only
+    ours.save_pretrained(tmp_path / "vblora")
+    export_lora(tmp_path / "vblora", tmp_path / "lora")
+    oracle = peft.PeftModel.from_pretrained(make_base(base), tmp_path / "lora")
+    assert oracle.peft_config["default"].peft_type == "LORA"
+    assert_same(answer(base, oracle), answer(base, ours), answer(base, make_base(base)))

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from tests.support import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from vblora import CheckpointError, ConfigError, DataError, TargetError, VBLoRAConfig, VBLoRAModel, VectorBank
+from vblora import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TargetError,
+    VBLoRAConfig,
+    VBLoRAModel,
+    VectorBank,
+    get_vblora_model,
+)
 from vblora.checkpoint import content_hash, read_adapter
-from vblora.data import Batch, Row
+from vblora.data import Batch, Row, collate, encode, pack
 from vblora.integrations.base_models import BaseModel
+from vblora.loop import TrainingOptions, schedule
+from vblora.loss import batch_loss, evaluate_loss, head_loss
+from vblora.record import LOSSES_FILE, PLOT_FILE
 from vblora.snapshot import SNAPSHOT_FILE
-from vblora.training import TrainingOptions, TrainingReport, batch_loss, evaluate_loss, head_loss, schedule, train
+from vblora.training import TrainingReport, train
 
 ROWS = [
     Row({"prompt": f"name: {name} | food: {food}", "completion": f" {name} serves {food} food."}, f"rows:{number}")
@@ -69,13 +84,13 @@ def test_the_loss_is_that_of_the_whole_model(family: str) -> None:
     labels[0, 11] = labels[1, 7] = -100
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask).logits
-        loss, count = batch_loss(model, Batch(ids, mask, labels))
+        loss, count = batch_loss(model, Batch({"input_ids": ids, "attention_mask": mask}, labels))
     assert count == int((labels != -100).sum())
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
 
 
 def test_the_gradient_is_that_of_all_logits_at_once() -> None:
-    model = tiny_model("gemma2")
+    model = tiny_model("gemma2").requires_grad_(False)
     hidden = torch.randn(300, 64, requires_grad=True)
     labels = torch.randint(VOCAB_SIZE, (300,))
     (found,) = torch.autograd.grad(head_loss(model, hidden, labels) / 300, hidden)
@@ -84,13 +99,24 @@ def test_the_gradient_is_that_of_all_logits_at_once() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+def test_an_output_layer_that_is_trained_gets_its_gradient() -> None:
+    model = tiny_model("gemma2").requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    hidden, labels = torch.randn(300, 64), torch.randint(VOCAB_SIZE, (300,))
+    (found,) = torch.autograd.grad(head_loss(model, hidden, labels), model.lm_head.weight)
+    (wanted,) = torch.autograd.grad(
+        F.cross_entropy(torch.tanh(model.lm_head(hidden) / 10) * 10, labels, reduction="sum"), model.lm_head.weight
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 def test_unlabelled_positions_never_get_logits() -> None:
-    model = tiny_model()
+    model = tiny_model().requires_grad_(False)
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
     labels = torch.full((2, 200), -100)
     labels[:, 50:130] = 5
-    batch_loss(model, Batch(torch.ones_like(labels), torch.ones_like(labels), labels))
+    batch_loss(model, Batch({"input_ids": torch.ones_like(labels), "attention_mask": torch.ones_like(labels)}, labels))
     assert sum(seen) == 160
     assert max(seen) <= 128
 
@@ -120,6 +146,84 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
         train(base(), config(), ROWS, tmp_path / name, options(seed=seed))
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"])
+def test_packed_rows_have_the_loss_of_padded_ones(family: str) -> None:
+    model = get_vblora_model(tiny_model(family), config(vblora_dropout=0.0, init_vector_bank_bound=0.5)).eval()
+    examples = [encode(row, tiny_tokenizer(), 512) for row in ROWS]
+    assert len({len(example.tokens) for example in examples}) > 2
+    (packed, count), (padded, same) = (batch_loss(model, batch) for batch in (pack(examples), collate(examples, 2)))
+    assert count == same
+    torch.testing.assert_close(packed, padded)
+    found, wanted = (torch.autograd.grad(loss, model.bank().vectors, retain_graph=True)[0] for loss in (packed, padded))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_packing_is_refused_where_rows_would_see_each_other(tmp_path: Path) -> None:
+    """Attention that is called without its mask stands for an architecture that cannot keep rows apart."""
+    model = base()
+    for layer in model.model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+        )
+    with pytest.raises(ConfigError, match="packing: rows in one sequence see each other"):
+        train(model, config(), ROWS, tmp_path / "out", options(packing=True))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("values", [{"packing": True}, {"mixed_precision": "bfloat16"}])
+def test_it_trains_packed_and_in_mixed_precision(values: dict[str, Any], tmp_path: Path) -> None:
+    plain = train(base(), config(vblora_dropout=0.0), ROWS, tmp_path / "a", options())
+    other = train(base(), config(vblora_dropout=0.0), ROWS, tmp_path / "b", options(**values))
+    exact = "packing" in values
+    assert other.losses == pytest.approx(plain.losses, rel=1e-4 if exact else 0.05)
+    assert exact or other.losses != plain.losses
+    assert read_adapter(tmp_path / "b").bank.dtype == torch.float32
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(composed: bool) -> None:
+    batch = collate([encode(row, tiny_tokenizer(), 512) for row in ROWS], 2)
+    gradients, calls = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = get_vblora_model(tiny_model(), config(vblora_dropout=0.0)).train()
+        layer = model.get_submodule("model.model.layers.0.mlp.up_proj")
+        seen: list[int] = []
+        layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(1))
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        with model.composed() if composed else nullcontext():
+            loss, _ = batch_loss(model, batch)
+            gradients.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+        calls.append(len(seen))
+    assert calls == [1, 2]
+    for found, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_modules_and_biases_are_trained_from_the_loop(tmp_path: Path) -> None:
+    made = config(target_modules=["c_attn"], fan_in_fan_out=True, bias="vblora_only", modules_to_save=["lm_head"])
+    train(base("gpt2"), made, ROWS, tmp_path, options(other_lr=1e-2))
+    extras, own = read_adapter(tmp_path).extras, tiny_model("gpt2").state_dict()
+    assert set(extras) == {"lm_head.weight", *(f"transformer.h.{layer}.attn.c_attn.bias" for layer in (0, 1))}
+    assert not any(torch.equal(tensor, own[name]) for name, tensor in extras.items())
+
+
+def test_a_run_leaves_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = train(base(), config(), ROWS, tmp_path / "a", options())
+    lines = (tmp_path / "a" / LOSSES_FILE).read_text().splitlines()
+    assert lines[0] == "step,loss"
+    assert [float(line.split(",")[1]) for line in lines[1:]] == report.losses
+    with Image.open(tmp_path / "a" / PLOT_FILE) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train(base(), config(), ROWS, tmp_path / "b", options())
+    assert not (tmp_path / "b" / PLOT_FILE).exists()
+    assert (tmp_path / "b" / LOSSES_FILE).read_text() == (tmp_path / "a" / LOSSES_FILE).read_text()
 
 
 class Interrupted(Exception):
@@ -177,7 +281,15 @@ def test_schedule_climbs_and_falls() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"epochs": 0}, {"max_steps": 0}, {"batch_size": 0}, {"logits_lr": -1.0}, {"warmup_ratio": 1.0}, {"seed": -1}],
+    [
+        {"epochs": 0},
+        {"max_steps": 0},
+        {"batch_size": 0},
+        {"logits_lr": -1.0},
+        {"warmup_ratio": 1.0},
+        {"seed": -1},
+        {"mixed_precision": "half"},
+    ],
 )
 def test_bad_options(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):

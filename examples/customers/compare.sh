@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# LoRA, VB-LoRA with a bank of its own, VB-LoRA on one frozen bank for all: train what is missing, print the table.
+#
+#     examples/customers/compare.sh [OUT]        (default runs/compare)
+#
+# The adapters with banks of their own are the shipped ones. Seeds, steps and rates are theirs (train.sh); the bank is
+# trained on all four customers' rows for BANK_STEPS steps. JOBS (default 2) run at a time, with one thread each.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export OUT=${1:-runs/compare} OMP_NUM_THREADS=1 BANK_STEPS=${BANK_STEPS:-400} MODEL=${MODEL:-demo}
+export SHAPE="--r 4 --num-vectors 256 --vector-length ${VECTOR_LENGTH:-128} --topk 2 \
+  --target-modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+mkdir -p "$OUT"
+
+logged() { # NAME COMMAND...
+  local log="$OUT/$1.log"
+  echo "$1 (log: $log)"
+  "${@:2}" >"$log" 2>&1 || { tail -n 5 "$log" >&2 && exit 1; }
+}
+
+bank() {
+  local data=()
+  for name in lanternlane quillstone saltspoke tallywire; do data+=(--data "examples/customers/$name.train.jsonl"); done
+  # shellcheck disable=SC2086 # SHAPE is a list of words
+  logged bank .venv/bin/vblora train-bank --model "$MODEL" --dtype float32 "${data[@]}" --out "$OUT/bank" \
+    --seed 10 --max-steps "$BANK_STEPS" --eval-fraction 0 --batch-size 8 --logits-lr 1e-2 --bank-lr 5e-3 $SHAPE
+}
+
+lora() { # NAME SEED STEPS
+  logged "lora-$1" .venv/bin/python -m examples.customers.compare lora "$1" --model "$MODEL" --out "$OUT/lora/$1" \
+    --seed "$2" --steps "$3"
+}
+
+shared() { # NAME SEED STEPS LOGITS_LR
+  # shellcheck disable=SC2086
+  logged "shared-$1" .venv/bin/vblora train --model "$MODEL" --dtype float32 \
+    --data "examples/customers/$1.train.jsonl" --eval-data "examples/customers/$1.heldout.jsonl" \
+    --out "$OUT/shared/$1" --bank "$OUT/bank/bank.safetensors" --freeze-bank \
+    --seed "$2" --max-steps "$3" --batch-size 8 --logits-lr "$4" --save-only-topk-weights $SHAPE
+}
+export -f logged bank lora shared
+
+run() { xargs --max-procs "${JOBS:-2}" --max-lines=1 bash -c '"$@"' compare; }
+
+run <<RUNS
+bank
+lora lanternlane 0 ${STEPS:-250}
+lora saltspoke 2 ${STEPS:-150}
+lora tallywire 3 ${STEPS:-150}
+lora quillstone 1 ${STEPS:-150}
+RUNS
+run <<RUNS
+shared lanternlane 0 ${STEPS:-250} 2e-2
+shared saltspoke 2 ${STEPS:-150} 1e-2
+shared tallywire 3 ${STEPS:-150} 1e-2
+shared quillstone 1 ${STEPS:-150} 1e-2
+RUNS
+
+OMP_NUM_THREADS=2 .venv/bin/python -m examples.customers.compare table --model "$MODEL" \
+  --own "${OWN:-serving/demo/adapters}" --lora "$OUT/lora" --shared "$OUT/shared"
