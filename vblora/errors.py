@@ -6,7 +6,7 @@
     ├── AdapterNameError   an adapter's name is unknown, taken or unusable
     ├── CheckpointError    an adapter's file fails a check
     ├── IncompatibleError  a sound adapter that does not fit the base model or a limit
-    ├── MergeError         merging would make a weight NaN or infinite
+    ├── MergeError         merging would make a weight NaN or infinite, or a weight is quantised
     └── DataError          a row of training data is bad
 
 All but the base are also `ValueError`, which is what PEFT raises in these cases.
@@ -44,7 +44,7 @@ class IncompatibleError(VBLoRAError, ValueError):
 
 
 class MergeError(VBLoRAError, ValueError):
-    """Merging would put NaN or infinity into the base model's weights."""
+    """Merging would put NaN or infinity into the base model's weights, or they are quantised."""
 
 
 class DataError(VBLoRAError, ValueError):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vblora.checkpoint import refuse_names
 from vblora.config import VBLoRAConfig
 from vblora.errors import CheckpointError, TargetError
-from vblora.inject import HEADS, base_layer, base_modules, matches, plain_path, saved_names
+from vblora.inject import HEADS, base_layer, base_modules, matches, plain_path, quantised_kind, saved_names
 from vblora.layer import module_key
 
 
@@ -35,7 +35,8 @@ class Extras(nn.Module):
     def of(cls, model: nn.Module, config: VBLoRAConfig, targets: Collection[str]) -> Extras:
         """Copies of the base model's own values, as the configuration asks for.
 
-        Raises `TargetError` if a name of `modules_to_save` matches no module (heads of a task type may).
+        Raises `TargetError` if a name of `modules_to_save` matches no module (heads of a task type may), or a quantised
+        one.
         """
         modules = dict(base_modules(model))
         names = saved_names(config)
@@ -45,6 +46,10 @@ class Extras(nn.Module):
         found = [path for path in modules if matches(plain_path(path), names, "modules_to_save")]
         outer = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
         biased = () if config.bias == "none" else targets if config.bias == "vblora_only" else modules
+        for path in outer:
+            for name, parameter in modules[path].named_parameters():
+                if kind := quantised_kind(parameter):
+                    raise TargetError(f"modules_to_save: {path}.{name} is quantised ({kind}) and cannot be trained")
         inside = tuple(f"{path}." for path in outer)
         biases = {
             path: nn.Parameter(bias.detach().clone())

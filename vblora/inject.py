@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from vblora.checkpoint import AdapterCheckpoint
 from vblora.compact import linear_shape, output_layer_name
@@ -152,6 +152,13 @@ def check_modules(checkpoint: AdapterCheckpoint, shapes: Mapping[str, ModuleShap
 
 def _sizes(shape: ModuleShape) -> str:
     return f"in {shape.in_features}, out {shape.out_features}"
+
+
+def quantised_kind(weight: Tensor) -> str | None:
+    """What a weight is stored as, if not as plain floating-point numbers."""
+    if type(weight.data) is not Tensor:
+        return type(weight.data).__name__
+    return None if weight.is_floating_point() else str(weight.dtype)
 
 
 def base_layer(model: nn.Module, path: str) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vblora.errors import MergeError
+from vblora.inject import quantised_kind
 from vblora.layer import AdaptedLinear
 
 
@@ -22,9 +23,13 @@ def merge(
 ) -> None:
     """Make `names` the adapters that are merged, in every layer that one of them targets.
 
-    Raises `MergeError`, before anything is changed, if `safe` and a merged weight is not finite.
+    Raises `MergeError`, before anything is changed, if a weight is quantised, or if `safe` and a merged one is not
+    finite.
     """
     targeted = {path: layer for path, layer in layers.items() if layer.targeted_by(names)}
+    for path, layer in targeted.items():
+        if kind := quantised_kind(_own_weight(layer)):
+            raise MergeError(f"the weight of {path} is quantised ({kind}): merge into the base model as it was before")
     for path, layer in targeted.items() if safe else ():
         if not merged_weight(layer, names).isfinite().all():
             raise MergeError(f"merging {', '.join(names)} would make the weight of {path} NaN or infinite")

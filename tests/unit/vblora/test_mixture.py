@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vblora.mixture import TopK, compose, index_dtype, matrix_a, matrix_b, topk_mixture
+from vblora.mixture import TopK, compose, compose_all, index_dtype, matrix_a, matrix_b, topk_mixture
 
 
 def test_mixture_is_the_softmax_over_the_largest_only() -> None:
@@ -51,3 +51,10 @@ def test_index_dtype_is_the_smallest_that_fits() -> None:
     sizes = {1: torch.uint8, 256: torch.uint8, 257: torch.int16, 32768: torch.int16, 32769: torch.int32}
     assert {size: index_dtype(size) for size in sizes} == sizes
     assert index_dtype(2**31 + 1) == torch.int64
+
+
+def test_composing_many_in_one_operation() -> None:
+    bank = torch.rand(12, 4)
+    mixtures = [topk_mixture(torch.randn(*shape, 12), 3) for shape in ((2, 5), (7, 2), (1, 1))]
+    for found, mixture in zip(compose_all(mixtures, bank), mixtures, strict=True):
+        assert torch.equal(found, compose(mixture, bank))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,94 @@ def test_a_frozen_shared_bank_stays_frozen() -> None:
     assert [len(group["params"]) for group in param_groups(model)] == [8]
     with pytest.raises(ConfigError, match="num_vectors"):
         model.add_adapter("c", config(num_vectors=13), bank=bank)
+
+
+def test_equal_banks_are_kept_once_until_one_is_trained(tmp_path: Path) -> None:
+    bank = torch.rand(24, 8) - 0.5
+    for name, seed in (("a", 1), ("b", 2)):
+        save_random_adapter(tmp_path / name, tiny_model(), seed=seed, bank=bank)
+    save_random_adapter(tmp_path / "other", tiny_model(), seed=3)
+    model = VBLoRAModel.from_pretrained(tiny_model(), tmp_path / "a", "a")
+    for name in ("b", "other"):
+        model.load_adapter(tmp_path / name, name)
+    assert model.bank("a") is model.bank("b")
+    assert model.bank("a") is not model.bank("other")
+    model.set_adapter("a")  # of top-k metadata nothing is trained
+    assert model.bank("a") is model.bank("b")
+    model.delete_adapter("a")
+    model.set_adapter("b")
+    alone = VBLoRAModel.from_pretrained(tiny_model(), tmp_path / "b")
+    assert torch.equal(answer(model), answer(alone))
+
+
+@pytest.mark.parametrize("trained", ["default", "b"])
+def test_training_on_a_lent_bank_leaves_the_other_adapter_as_it_was(
+    model: VBLoRAModel, trained: str, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = VBLoRAModel.from_pretrained(tiny_model(), tmp_path)
+    loaded.load_adapter(tmp_path, "b")
+    assert loaded.bank("b") is loaded.bank()
+    wanted = answer(model)
+    loaded.set_adapter(trained)
+    optimizer = torch.optim.SGD(param_groups(loaded, 1.0, 1.0))
+    loaded(input_ids=torch.arange(9)[None]).logits.square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(answer(loaded), wanted)
+    loaded.set_adapter("b" if trained == "default" else "default", inference_mode=True)
+    assert torch.equal(answer(loaded), wanted)
+    assert loaded.bank("b") is not loaded.bank()
+
+
+def test_a_loaded_bank_can_stay_frozen(model: VBLoRAModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = VBLoRAModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True, freeze_bank=True)
+    for _ in range(2):
+        loaded.set_adapter("default")
+        assert not loaded.bank().vectors.requires_grad
+        assert [len(group["params"]) for group in param_groups(loaded)] == [8]
+
+
+def test_composing_all_at_once_gives_the_same_gradients(model: VBLoRAModel) -> None:
+    model.add_adapter("b", config(topk=3, r=1))
+    model.add_adapter("c", config(), bank=model.bank("b"))
+    model.set_adapter(["default", "b", "c"])
+    ids = torch.arange(9)[None]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wanted = torch.autograd.grad(model(input_ids=ids).logits.square().mean(), trained)
+    with model.composed():
+        assert all(adapter.given for adapter in model.layer_adapters("b").values())
+        found = torch.autograd.grad(model(input_ids=ids).logits.square().mean(), trained)
+    assert not any(adapter.given for adapter in model.layer_adapters("b").values())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_rows_are_as_many_as_the_batch(model: VBLoRAModel) -> None:
+    ids = torch.randint(VOCAB_SIZE, (4, 9))
+    for names, message in ((["default"] * 2, "2 names, but the batch has 4 rows"), ("default", "must be a list")):
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=ids, adapter_names=names)
+    with pytest.raises(AdapterNameError, match="no adapter named 'nobody'"):
+        model(input_ids=ids, adapter_names=["nobody"] * 4)
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="adapters are merged"):
+        model(input_ids=ids, adapter_names=["default"] * 4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_generate_with_their_own_adapters(model: VBLoRAModel, beams: int) -> None:
+    model.add_adapter("b", config(r=3))
+    ids = torch.randint(3, VOCAB_SIZE, (3, 5))
+    options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "pad_token_id": 2}
+    names = ["b", "__base__", "default"]
+    mixed = model.generate(ids, adapter_names=names, **options)
+    for row, name in enumerate(names):
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            if name != "__base__":
+                model.set_adapter(name)
+            alone = model.generate(ids[row : row + 1], **options)
+        assert torch.equal(mixed[row, : alone.shape[1]], alone[0])
 
 
 def test_param_groups_have_their_own_rates(model: VBLoRAModel) -> None:
