@@ -132,6 +132,7 @@ def test_an_exported_lora_answers_the_same_in_peft(base: str, bias: str, topk_on
     train(base, ours)
     ours.peft_config["default"].save_only_topk_weights = topk_only
     ours.save_pretrained(tmp_path / "vblora")
+    ours = VBLoRAModel.from_pretrained(make_base(base), tmp_path / "vblora")
     export_lora(tmp_path / "vblora", tmp_path / "lora")
     oracle = peft.PeftModel.from_pretrained(make_base(base), tmp_path / "lora")
     assert oracle.peft_config["default"].peft_type == "LORA"
