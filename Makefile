@@ -11,7 +11,7 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PACKAGES := vblora serving deploy examples
+PACKAGES := vblora serving deploy examples benchmarks
 BENCHMARKS = $(subst /,.,$(basename $(sort $(wildcard benchmarks/bench_*.py))))
 
 .PHONY: demo test check format serve bench adapters evidence replay-image clean

@@ -85,7 +85,7 @@ class LayerAdapter(nn.Module, ABC):
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         low = F.linear(x, a)
-        wide = y.to(torch.promote_types(y.dtype, a.dtype))
+        wide = y if y.dtype == a.dtype else y.to(torch.promote_types(y.dtype, a.dtype))
         if (in_place or wide is not y) and low.dtype == wide.dtype:
             return wide.addmm_(low, b_transposed)
         return torch.addmm(wide, low, b_transposed)  # under autocast, which casts for this one, dtypes may differ
@@ -162,6 +162,13 @@ class TopKAdapter(LayerAdapter):
         return TopK(self.indices_a, self.weights_a), TopK(self.indices_b, self.weights_b)
 
 
+def _returns_fresh_output(layer: nn.Module) -> bool:
+    """Whether a layer's output is nobody else's, so that deltas may be added in place: a plain linear layer makes a new
+    one each time, keeps none for its gradient, and has no hooks that might."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not hooks
+
+
 class AdaptedLinear(nn.Module):
     """Wraps a linear layer. `active` and `merged` name adapters; those that do not target this layer are skipped.
 
@@ -204,9 +211,10 @@ class AdaptedLinear(nn.Module):
         if not self.enabled or not (adapters or self.rows):
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
+        base_layer = self.base_layer
         flat = x.reshape(-1, x.shape[-1])
-        fresh = self._returns_fresh_output()
-        result = self.base_layer(flat if fresh else x, *args, **kwargs)
+        fresh = _returns_fresh_output(base_layer)
+        result = base_layer(flat if fresh else x, *args, **kwargs)
         y = result if fresh else result.reshape(-1, result.shape[-1])  # no view where it is changed in place
         if self.rows is not None:
             y = self._add_to_rows(flat, y, self.rows)
@@ -214,13 +222,6 @@ class AdaptedLinear(nn.Module):
             for adapter in adapters:
                 y = adapter.add_delta(flat, y, in_place=fresh)
         return y.to(result.dtype).view(*x.shape[:-1], -1)
-
-    def _returns_fresh_output(self) -> bool:
-        """Whether the base layer's output is nobody else's, so that deltas may be added in place: a plain linear layer
-        makes a new one each time, keeps none for its gradient, and has no hooks that might."""
-        layer = self.base_layer
-        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        return type(layer) is nn.Linear and not hooks
 
     def _add_to_rows(self, x: Tensor, result: Tensor, rows: list[str]) -> Tensor:
         """Each row's own delta; `x` and `result` hold the tokens of the first row, then of the next (or its beams')."""
