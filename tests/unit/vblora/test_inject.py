@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils import constants as peft_constants
 from torch import nn
 
 from tests.support import tiny_model
 from vblora import ConfigError, TargetError, VBLoRAConfig, get_vblora_model
-from vblora.inject import find_targets
+from vblora.inject import DEFAULT_TARGETS, find_targets
 
 
 def targets(model: nn.Module, **values: Any) -> set[str]:
@@ -44,6 +45,12 @@ def test_defaults_by_architecture() -> None:
     assert suffixes(targets(tiny_model("gpt2"))) == {"c_attn"}
     with pytest.raises(ConfigError, match="target_modules must be given"):
         targets(nn.Sequential(nn.Linear(16, 16)))
+
+
+def test_defaults_are_those_of_peft_and_more() -> None:
+    theirs = peft_constants.TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING
+    assert {name: DEFAULT_TARGETS[name] for name in theirs} == theirs
+    assert DEFAULT_TARGETS.keys() > theirs.keys()
 
 
 def test_a_second_adapter_sees_the_base_modules() -> None:

@@ -76,6 +76,35 @@ def test_a_layer_adds_what_the_equation_says() -> None:
     torch.testing.assert_close(net.second(x), wanted)
 
 
+class Remembering(nn.Linear):
+    """A linear layer that keeps what it returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept: Tensor = super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("kind", ["hook", "subclass"])
+def test_an_output_that_somebody_holds_is_not_changed(kind: str) -> None:
+    torch.manual_seed(0)
+    net = Net()
+    if kind == "subclass":
+        net.first = Remembering(16, 32)
+    model = VBLoRAModel(net, config(target_modules=["first"]))
+    layer = net.first.base_layer
+    assert isinstance(layer, nn.Linear)
+    seen: list[Tensor] = []
+    if kind == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(3, 16)
+    adapted = net.first(x)
+    held = layer.kept if isinstance(layer, Remembering) else seen[0]
+    wanted = F.linear(x, layer.weight, layer.bias)
+    assert torch.equal(held, wanted)
+    assert not torch.equal(adapted, wanted)
+    assert model.active_adapters == ["default"]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_reach_logits_and_bank_only(training: bool) -> None:
     model = VBLoRAModel(Net(), config(target_modules=["first", "second"]))
