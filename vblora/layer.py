@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vblora.bank import VectorBank
 from vblora.checkpoint import LogitsModule, TopKModule
 from vblora.config import VBLoRAConfig
+from vblora.errors import ConfigError
 from vblora.mixture import TopK, compose_all, matrix_a, matrix_b, topk_mixture
 
 Matrices = tuple[Tensor, Tensor]
@@ -224,8 +225,13 @@ class AdaptedLinear(nn.Module):
         return y.to(result.dtype).view(*x.shape[:-1], -1)
 
     def _add_to_rows(self, x: Tensor, result: Tensor, rows: list[str]) -> Tensor:
-        """Each row's own delta; `x` and `result` hold the tokens of the first row, then of the next (or its beams')."""
-        repeats = len(x) // len(rows)
+        """Each row's own delta; `x` and `result` hold the tokens of the first row, then of the next (or its beams').
+
+        Raises `ConfigError` where they cannot: a layer that sees some of the tokens only, as an expert does.
+        """
+        repeats, rest = divmod(len(x), len(rows))
+        if rest:
+            raise ConfigError(f"adapter_names: a layer sees {len(x)} tokens, no multiple of the {len(rows)} rows")
         y = result.clone()
         for name in dict.fromkeys(rows):
             for adapter in self.targeted_by([name]):

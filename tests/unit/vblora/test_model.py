@@ -277,6 +277,16 @@ def test_rows_are_as_many_as_the_batch(model: VBLoRAModel) -> None:
         model(input_ids=ids, adapter_names=["default"] * 4)
 
 
+def test_a_layer_that_sees_some_of_the_tokens_cannot_tell_rows_apart() -> None:
+    class Dropping(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(0, 1)[1:])
+
+    model = VBLoRAModel(Dropping(), config(target_modules=["first"]))
+    with pytest.raises(ConfigError, match="a layer sees 9 tokens, no multiple of the 2 rows"):
+        model(torch.randn(2, 5, 16), adapter_names=["default", "__base__"])
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_rows_generate_with_their_own_adapters(model: VBLoRAModel, beams: int) -> None:
     model.add_adapter("b", config(r=3))
