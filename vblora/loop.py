@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -111,10 +110,9 @@ class TrainingLoop:
             yield
 
     def _step(self, batch: Batch) -> float:
-        with self.model.composed() if isinstance(self.model, VBLoRAModel) else nullcontext():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bfloat16"):
-                loss, count = batch_loss(self.model, batch)
-            torch.autograd.backward(loss / count)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bfloat16"):
+            loss, count = batch_loss(self.model, batch)
+        torch.autograd.backward(loss / count)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item() / count

@@ -70,9 +70,9 @@ def test_a_layer_adds_what_the_equation_says() -> None:
     net = Net()
     model = VBLoRAModel(net, config(target_modules=["second"], vector_length=8))
     adapter = model.layer_adapters("default")["second"]
-    a, b_transposed = adapter.matrices()
+    a, b = adapter.matrices()
     x = torch.randn(3, 32)
-    wanted = x @ net.second.weight.T + x @ a.T @ b_transposed
+    wanted = x @ net.second.weight.T + x @ a.T @ b.T
     torch.testing.assert_close(net.second(x), wanted)
 
 
