@@ -173,7 +173,7 @@ def wrap(model: nn.Module, path: str) -> AdaptedLinear:
     if isinstance(module, AdaptedLinear):
         return module
     layer = AdaptedLinear(module)
-    _replace(model, path, layer)
+    model.set_submodule(path, layer)
     return layer
 
 
@@ -181,12 +181,7 @@ def unwrap(model: nn.Module, path: str) -> None:
     """Put the base layer back at `path`."""
     layer = model.get_submodule(path)
     assert isinstance(layer, AdaptedLinear)
-    _replace(model, path, layer.base_layer)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    model.set_submodule(path, layer.base_layer)
 
 
 def plain_path(path: str) -> str:

@@ -15,13 +15,11 @@ from vblora.data import Row, encode, split
 from vblora.errors import ConfigError
 from vblora.integrations.base_models import BaseModel
 from vblora.loop import TrainingLoop, TrainingOptions
-from vblora.loss import evaluate_loss, mean_loss, pad_token
+from vblora.loss import mean_loss, pad_token
 from vblora.model import get_vblora_model
-from vblora.record import REPORT_FILE, write_record
+from vblora.record import write_record
 from vblora.session import run_session
 from vblora.snapshot import remove_snapshot
-
-__all__ = ["REPORT_FILE", "TrainingOptions", "TrainingReport", "evaluate_loss", "train"]
 
 
 @dataclass

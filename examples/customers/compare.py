@@ -34,7 +34,6 @@ from vblora.parameters import count_parameters
 DATA = Path(__file__).parent
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 4
-BANK = "bank.safetensors"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from serving.types import EngineSettings, GenerationRequest, Message, SamplingPa
 from vblora import VBLoRAModel
 from vblora.data import Row, read_rows
 from vblora.integrations.base_models import load_base_model
-from vblora.training import REPORT_FILE, evaluate_loss
+from vblora.loss import evaluate_loss
+from vblora.record import REPORT_FILE
 
 DATA = Path(__file__).parent
 BASE = "base"

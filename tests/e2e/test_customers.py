@@ -27,7 +27,8 @@ from tests.e2e.conftest import Server
 from vblora import DataError, VBLoRAConfig
 from vblora.data import read_rows
 from vblora.integrations.base_models import BaseModel
-from vblora.training import TrainingOptions, train
+from vblora.loop import TrainingOptions
+from vblora.training import train
 
 ROWS = 6
 LINE = 7
