@@ -45,7 +45,7 @@ def lora_tensors(checkpoint: AdapterCheckpoint) -> dict[str, Tensor]:
     tensors = checkpoint.stored_extras()
     for path, sub_a, sub_b in zip(modules, parts[::2], parts[1::2], strict=True):
         tensors[f"{PREFIX}{path}.lora_A.weight"] = matrix_a(sub_a).contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = matrix_b(sub_b).contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = matrix_b(sub_b).T.contiguous()
     return tensors
 
 

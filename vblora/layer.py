@@ -1,4 +1,4 @@
-"""One linear layer with adapters: `y = base(x) + Σ dropout(x) Aᵀ Bᵀ` over the active ones. Slow and trainable.
+"""One linear layer with adapters: `y = base(x) + Σ dropout(x) Aᵀ Bᵀ` over the active ones, trainable.
 
 Knows its base layer, its adapters and their banks; not the model around it, nor rows with different adapters (those
 are `batched`'s, whose reference this is). There is no scaling factor.
@@ -19,9 +19,10 @@ from vblora.bank import VectorBank
 from vblora.checkpoint import LogitsModule, TopKModule
 from vblora.config import VBLoRAConfig
 from vblora.errors import ConfigError
-from vblora.mixture import TopK, compose, matrix_a, matrix_b, topk_mixture
+from vblora.mixture import TopK, compose_all, matrix_a, matrix_b, topk_mixture
 
 Matrices = tuple[Tensor, Tensor]
+ROW_SLICES = 8
 BASE_ROWS = "__base__"  # PEFT's name for rows that use no adapter
 
 
@@ -36,7 +37,7 @@ class LayerAdapter(nn.Module, ABC):
     def __init__(self, bank: VectorBank, dropout: float) -> None:
         super().__init__()
         self._bank = (bank,)  # in a tuple, so that torch does not register it once a layer
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self._composed: tuple[object, Matrices] | None = None
         self.given: Matrices | None = None  # composed by the model, for all layers at once
 
@@ -53,12 +54,17 @@ class LayerAdapter(nn.Module, ABC):
     def content(self) -> LogitsModule | TopKModule:
         """What a checkpoint keeps of it."""
 
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the matrices are made of, but the bank."""
+
     @abstractmethod
     def mixtures(self) -> tuple[TopK, TopK]:
         """The top-k metadata of A and of B."""
 
     def matrices(self) -> Matrices:
-        """A (r, in) and B (out, r). Without gradients they are composed once and kept until a tensor changes."""
+        """A (r, in) and Bᵀ (r, out). Without gradients they are composed once and kept until a tensor changes."""
         if self.given is not None:
             return self.given
         if torch.compiler.is_compiling():
@@ -71,22 +77,32 @@ class LayerAdapter(nn.Module, ABC):
             self._composed = state, self._compose()
         return self._composed[1]
 
-    def delta(self, x: Tensor) -> Tensor:
-        """`dropout(x) Aᵀ Bᵀ`: x (…, in) → (…, out), in the adapter's dtype."""
-        a, b = self.matrices()
-        return F.linear(F.linear(self.dropout(x.to(a.dtype)), a), b)
+    def add_delta(self, x: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
+        """`y + dropout(x) Aᵀ Bᵀ`: x (n, in) and y (n, out) → (n, out), in the wider of the adapter's dtype and y's.
+
+        `in_place` allows to change y where the dtype is its own.
+        """
+        a, b_transposed = self.matrices()
+        x = x.to(a.dtype)
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        low = F.linear(x, a)
+        wide = y if y.dtype == a.dtype else y.to(torch.promote_types(y.dtype, a.dtype))
+        if (in_place or wide is not y) and low.dtype == wide.dtype:
+            return wide.addmm_(low, b_transposed)
+        return torch.addmm(wide, low, b_transposed)  # under autocast, which casts for this one, dtypes may differ
 
     def _compose(self) -> Matrices:
-        mixture_a, mixture_b = self.mixtures()
-        bank = self.bank.vectors.to(mixture_a.weights.device)
-        return matrix_a(compose(mixture_a, bank)), matrix_b(compose(mixture_b, bank))
+        mixtures = self.mixtures()
+        sub_a, sub_b = compose_all(mixtures, self.bank.vectors.to(mixtures[0].weights.device))
+        return matrix_a(sub_a), matrix_b(sub_b)
 
     def _state(self) -> object:
         """Changes whenever a tensor does; None where torch does not count changes."""
-        tensors = (self.bank.vectors, *self.parameters(), *self.buffers())
+        tensors = (self.bank.vectors, *self.tensors)
         if any(tensor.is_inference() for tensor in tensors):
             return None
-        return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+        return [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors]
 
 
 class LogitsAdapter(LayerAdapter):
@@ -114,6 +130,10 @@ class LogitsAdapter(LayerAdapter):
     def content(self) -> LogitsModule:
         return LogitsModule(self.logits_a.detach(), self.logits_b.detach())
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.logits_a, self.logits_b
+
     def mixtures(self) -> tuple[TopK, TopK]:
         return topk_mixture(self.logits_a, self.topk), topk_mixture(self.logits_b, self.topk)
 
@@ -136,8 +156,39 @@ class TopKAdapter(LayerAdapter):
     def content(self) -> TopKModule:
         return TopKModule(*self.mixtures())
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.indices_a, self.weights_a, self.indices_b, self.weights_b
+
     def mixtures(self) -> tuple[TopK, TopK]:
         return TopK(self.indices_a, self.weights_a), TopK(self.indices_b, self.weights_b)
+
+
+def _plain(layer: nn.Module) -> nn.Linear | None:
+    """The layer, if its output is nobody else's, so that deltas may be added in place: a plain linear layer makes a new
+    one each time, keeps none for its gradient, and has no hooks that might. None for any other layer."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return layer if type(layer) is nn.Linear and not hooks else None
+
+
+def _in_slices(weight: Tensor) -> bool:
+    """Whether a weight is a dense one (not torchao's) that can be cut; compilers choose their own products."""
+    return not (torch.compiler.is_compiling() or len(weight) % ROW_SLICES) and type(weight) is nn.Parameter
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)`, x (n, in), with a single row on all threads.
+
+    torch gives the product of one float32 row on a CPU to one thread; the same in `ROW_SLICES` groups of outputs, as a
+    batch of products, to as many as there are. Each output is the same to the last bit.
+    """
+    single = len(x) == 1 and x.dtype == torch.float32 and x.is_cpu and not torch.is_grad_enabled()
+    if not (single and _in_slices(layer.weight)):
+        y: Tensor = layer(x)
+        return y
+    rows, slices = x.expand(ROW_SLICES, 1, -1), layer.weight.view(ROW_SLICES, -1, x.shape[1]).mT
+    bias = None if layer.bias is None else layer.bias.view(ROW_SLICES, 1, -1)
+    return (torch.bmm(rows, slices) if bias is None else torch.baddbmm(bias, rows, slices)).view(1, -1)
 
 
 class AdaptedLinear(nn.Module):
@@ -178,20 +229,29 @@ class AdaptedLinear(nn.Module):
         return [self._by_name[name] for name in names if name in self._by_name]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        if not self.enabled:
+        adapters = self.targeted_by([name for name in self.active if name not in self.merged])
+        if not self.enabled or not (adapters or self.rows):
+            result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
+        base_layer = self.base_layer
+        flat = x.reshape(-1, x.shape[-1])
+        plain = _plain(base_layer)
+        if plain is not None:
+            y = result = _linear(plain, flat, *args, **kwargs)  # no view: it is changed in place
+        else:
+            result = base_layer(x, *args, **kwargs)
+            y = result.reshape(-1, result.shape[-1])
         if self.rows is not None:
-            return self._add_to_rows(x, result, self.rows)
-        y = result
-        for adapter in self.targeted_by([name for name in self.active if name not in self.merged]):
-            y = y + adapter.delta(x)
-        return y.to(result.dtype)
+            y = self._add_to_rows(flat, y, self.rows)
+        else:
+            for adapter in adapters:
+                y = adapter.add_delta(flat, y, in_place=plain is not None)
+        return y.to(result.dtype).view(*x.shape[:-1], -1)
 
     def _add_to_rows(self, x: Tensor, result: Tensor, rows: list[str]) -> Tensor:
-        """Each row's own delta. A layer may see a multiple of the rows: tokens laid flat, or beams, row after row.
+        """Each row's own delta; `x` and `result` hold the tokens of the first row, then of the next (or its beams').
 
-        Raises `ConfigError` where it sees another number: some of the tokens only, as an expert does.
+        Raises `ConfigError` where they cannot: a layer that sees some of the tokens only, as an expert does.
         """
         repeats, rest = divmod(len(x), len(rows))
         if rest:
@@ -200,7 +260,7 @@ class AdaptedLinear(nn.Module):
         for name in dict.fromkeys(rows):
             for adapter in self.targeted_by([name]):
                 mine = torch.tensor([row == name for row in rows], device=x.device).repeat_interleave(repeats)
-                y[mine] = (y[mine] + adapter.delta(x[mine])).to(y.dtype)
+                y[mine] = adapter.add_delta(x[mine], y[mine]).to(y.dtype)
         return y
 
     def __getattr__(self, name: str) -> Any:

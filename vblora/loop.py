@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +111,10 @@ class TrainingLoop:
             yield
 
     def _step(self, batch: Batch) -> float:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bfloat16"):
-            loss, count = batch_loss(self.model, batch)
-        torch.autograd.backward(loss / count)
+        with self.model.composed() if isinstance(self.model, VBLoRAModel) else nullcontext():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bfloat16"):
+                loss, count = batch_loss(self.model, batch)
+            torch.autograd.backward(loss / count)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item() / count

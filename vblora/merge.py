@@ -43,9 +43,8 @@ def merged_weight(layer: AdaptedLinear, names: Sequence[str]) -> Tensor:
     """The layer's own weight plus the named adapters' deltas, in its layout and dtype."""
     original = _own_weight(layer)
     pairs = [adapter.matrices() for adapter in layer.targeted_by(names)]
-    a = torch.cat([pair[0].float() for pair in pairs])
-    b = torch.cat([pair[1].float() for pair in pairs], dim=1)
-    left, right = (b, a) if isinstance(layer.base_layer, nn.Linear) else (a.T, b.T)
+    a, b_transposed = (torch.cat([pair[side].float() for pair in pairs]) for side in (0, 1))
+    left, right = (b_transposed.T, a) if isinstance(layer.base_layer, nn.Linear) else (a.T, b_transposed)
     return torch.addmm(original.float(), left, right).to(original.dtype)
 
 

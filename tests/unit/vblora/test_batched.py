@@ -53,7 +53,7 @@ def reference_delta(adapter: AdapterCheckpoint, name: str, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], {"up": MIDDLE, "down": OUTPUTS}[name])
     assert isinstance(module, TopKModule)
     a = matrix_a(compose(module.a, adapter.bank))
-    b = matrix_b(compose(module.b, adapter.bank))
+    b = matrix_b(compose(module.b, adapter.bank)).T
     return x @ a.T @ b.T
 
 

@@ -113,4 +113,4 @@ def test_conv1d_is_recognised_with_a_warning() -> None:
         model = get_vblora_model(tiny_model("gpt2"), VBLoRAConfig(vector_length=16))
     assert model.peft_config["default"].fan_in_fan_out
     a, b = model.layer_adapters("default")["transformer.h.0.attn.c_attn"].matrices()
-    assert (a.shape, b.shape) == (torch.Size([4, 64]), torch.Size([192, 4]))
+    assert (a.shape, b.shape) == (torch.Size([4, 64]), torch.Size([4, 192]))

@@ -37,7 +37,7 @@ def test_compose_passes_gradients_to_logits_and_bank() -> None:
 
 def test_matrices_have_sub_vectors_where_the_method_puts_them() -> None:
     sub_a, sub_b = torch.randn(2, 3, 4), torch.randn(5, 2, 4)
-    a, b = matrix_a(sub_a), matrix_b(sub_b)
+    a, b = matrix_a(sub_a), matrix_b(sub_b).T
     assert a.shape == (2, 12)
     assert b.shape == (20, 2)
     for q in range(2):

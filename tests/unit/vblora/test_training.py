@@ -204,6 +204,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(composed: bool) -> None
         torch.testing.assert_close(found, wanted)
 
 
+def test_a_step_composes_all_layers_in_one_operation(tmp_path: Path) -> None:
+    with torch.profiler.profile() as profile:
+        train(base(), config(), ROWS, tmp_path, options(max_steps=3, eval_fraction=0))
+    composed = [event.count for event in profile.key_averages() if event.key == "aten::_embedding_bag"]
+    assert composed == [3]
+
+
 def test_modules_and_biases_are_trained_from_the_loop(tmp_path: Path) -> None:
     made = config(target_modules=["c_attn"], fan_in_fan_out=True, bias="vblora_only", modules_to_save=["lm_head"])
     train(base("gpt2"), made, ROWS, tmp_path, options(other_lr=1e-2))
