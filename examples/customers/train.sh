@@ -23,7 +23,7 @@ train() { # NAME SEED STEPS LOGITS_LR BANK_LR
 export -f train
 
 xargs --max-procs "${JOBS:-2}" --max-lines=1 bash -c 'train "$@"' train <<'RUNS'
-lanternlane 0 250 2e-2 1e-2
+lanternlane 0 300 2e-2 1e-2
 quillstone 1 150 1e-2 5e-3
 saltspoke 2 150 1e-2 5e-3
 tallywire 3 150 1e-2 5e-3
