@@ -31,8 +31,8 @@ BASE_ID = "gemma3-270m"
 BASE = "base"
 QUESTIONS = (
     "Our train was cancelled and we waited for two hours in the rain.",
-    "My daughter lost her toy rabbit in the park last night.",
-    "Our birthday cake burnt while we were talking to the neighbours.",
+    "The parcel never came and I waited at home all day.",
+    "I ordered a blue lamp and you sent me a green one.",
 )
 MAX_TOKENS = 64
 POLL_SECONDS = 0.2
