@@ -177,10 +177,10 @@ def _in_slices(weight: Tensor) -> bool:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)`, x (n, in), with a single row on all threads.
+    """`layer(x)`, x (n, in), with a single row in `ROW_SLICES` groups of outputs, each the same to the last bit.
 
-    torch gives the product of one float32 row on a CPU to one thread; the same in `ROW_SLICES` groups of outputs, as a
-    batch of products, to as many as there are. Each output is the same to the last bit.
+    torch gives the product of one float32 row on a CPU to one thread, and a batch of products to as many as MKL takes.
+    That is one again after a composition where two threads share a core: benchmarks/LOG.md has what undoes it.
     """
     single = len(x) == 1 and x.dtype == torch.float32 and x.is_cpu and not torch.is_grad_enabled()
     if not (single and _in_slices(layer.weight)):
