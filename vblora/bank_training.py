@@ -91,7 +91,7 @@ def train_bank(
         write_adapter(out / name, model.checkpoint(name))
     model.bank(next(iter(customers))).save(out / BANK_FILE)
     losses = {name: report.losses_of(name) for name in customers}
-    write_record(out, config, options, asdict(report), losses)
+    write_record(out, config, asdict(options), asdict(report), losses)
     remove_snapshot(out)
     return report
 

@@ -9,13 +9,11 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from vblora.config import VBLoRAConfig
-from vblora.loop import TrainingOptions
 from vblora.tensorfile import write_atomically
 
 REPORT_FILE = "training.json"
@@ -26,13 +24,13 @@ PLOT_FILE = "losses.png"
 def write_record(
     out: Path,
     config: VBLoRAConfig,
-    options: TrainingOptions,
+    options: Mapping[str, Any],
     report: Mapping[str, Any],
     losses: Mapping[str, Sequence[float]],
 ) -> None:
     """Write `training.json`, `losses.csv` (a row a step, a column for each of `losses`) and, where matplotlib is
     installed, `losses.png`."""
-    values = {"config": config.to_dict(), "options": asdict(options), "report": report}
+    values = {"config": config.to_dict(), "options": options, "report": report}
     write_atomically(out / REPORT_FILE, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

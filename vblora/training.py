@@ -64,13 +64,14 @@ def train(
     model = get_vblora_model(base.model, config, bank=bank, freeze_bank=freeze_bank)
     report = TrainingReport(options.steps(len(examples)), len(examples), len(held_out_examples))
     loop = TrainingLoop(model, {"default": examples}, pad_token(base.tokenizer), options)
-    fingerprint = {"config": config.to_dict(), "options": asdict(options), "rows": [row.values for row in rows]}
+    given = asdict(options) | {"bank": bank and bank.hash, "freeze_bank": freeze_bank}
+    fingerprint = {"config": config.to_dict(), "options": given, "rows": [row.values for row in rows]}
 
     def evaluate() -> float | None:
         return mean_loss(model, held_out_examples, loop.pad_token_id, options.batch_size) if held_out_examples else None
 
     run_session(loop, report, out, fingerprint, evaluate=evaluate, resume=resume, on_step=on_step)
     write_adapter(out, model.checkpoint())
-    write_record(out, model.peft_config["default"], options, asdict(report), {"loss": report.losses})
+    write_record(out, model.peft_config["default"], given, asdict(report), {"loss": report.losses})
     remove_snapshot(out)
     return report

@@ -256,6 +256,23 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> N
     assert not (tmp_path / "cut" / SNAPSHOT_FILE.parent).exists()
 
 
+def test_a_run_on_another_bank_is_not_resumed(tmp_path: Path) -> None:
+    def interrupt(report: TrainingReport) -> None:
+        if len(report.losses) == 7:
+            raise Interrupted
+
+    first, second = (VectorBank(torch.full((16, 16), value)) for value in (0.1, 0.2))
+    every = options(save_steps=5)
+    with pytest.raises(Interrupted):
+        train(base(), config(), ROWS, tmp_path, every, bank=first, freeze_bank=True, on_step=interrupt)
+    for bank, freeze_bank in ((second, True), (first, False)):
+        with pytest.raises(CheckpointError, match="other settings or other data"):
+            train(base(), config(), ROWS, tmp_path, every, bank=bank, freeze_bank=freeze_bank, resume=True)
+    train(base(), config(), ROWS, tmp_path, every, bank=first, freeze_bank=True, resume=True)
+    given = json.loads((tmp_path / "training.json").read_text())["options"]
+    assert (given["bank"], given["freeze_bank"]) == (first.hash, True)
+
+
 def test_nothing_or_damage_to_resume(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing to resume"):
         train(base(), config(), ROWS, tmp_path, options(), resume=True)
