@@ -1,7 +1,8 @@
 """The base models that every test of the method runs on, tiny and random, with inputs and a loss for each.
 
 Dropout is off everywhere: two models with the same weights must give the same answers while they train. Weights start
-smaller than in `support`: what is compared here must not differ by more than rounding, which larger ones amplify.
+smaller than in `support`, and adapters add less than the answers themselves: what is compared here must not differ by
+more than rounding, which larger ones amplify.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def hyperparameters(name: str, **changes: Any) -> dict[str, Any]:
         "vector_length": 16,
         "topk": 2,
         "target_modules": targets.get(name, ["q_proj", "v_proj", "down_proj"]),
-        "init_vector_bank_bound": 0.5,
+        "init_vector_bank_bound": 0.3,
         "init_logits_std": 1.0,
         "fan_in_fan_out": name == "gpt2",
         "task_type": {"roberta": "SEQ_CLS", "linears": None}.get(name, "CAUSAL_LM"),

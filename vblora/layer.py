@@ -22,7 +22,6 @@ from vblora.errors import ConfigError
 from vblora.mixture import TopK, compose_all, matrix_a, matrix_b, topk_mixture
 
 Matrices = tuple[Tensor, Tensor]
-ROW_SLICES = 8
 BASE_ROWS = "__base__"  # PEFT's name for rows that use no adapter
 
 
@@ -54,11 +53,6 @@ class LayerAdapter(nn.Module, ABC):
     def content(self) -> LogitsModule | TopKModule:
         """What a checkpoint keeps of it."""
 
-    @property
-    @abstractmethod
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that the matrices are made of, but the bank."""
-
     @abstractmethod
     def mixtures(self) -> tuple[TopK, TopK]:
         """The top-k metadata of A and of B."""
@@ -67,11 +61,11 @@ class LayerAdapter(nn.Module, ABC):
         """A (r, in) and Bᵀ (r, out). Without gradients they are composed once and kept until a tensor changes."""
         if self.given is not None:
             return self.given
-        if torch.compiler.is_compiling():
-            return self._compose()
-        state = None if torch.is_grad_enabled() else self._state()
-        if state is None:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._composed = None
+            return self._compose()
+        state = self._state()
+        if state is None:
             return self._compose()
         if self._composed is None or self._composed[0] != state:
             self._composed = state, self._compose()
@@ -83,7 +77,8 @@ class LayerAdapter(nn.Module, ABC):
         `in_place` allows to change y where the dtype is its own.
         """
         a, b_transposed = self.matrices()
-        x = x.to(a.dtype)
+        if x.dtype != a.dtype:
+            x = x.to(a.dtype)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         low = F.linear(x, a)
@@ -98,11 +93,12 @@ class LayerAdapter(nn.Module, ABC):
         return matrix_a(sub_a), matrix_b(sub_b)
 
     def _state(self) -> object:
-        """Changes whenever a tensor does; None where torch does not count changes."""
-        tensors = (self.bank.vectors, *self.tensors)
-        if any(tensor.is_inference() for tensor in tensors):
+        """Changes whenever a tensor does that the matrices are made of; None where torch does not count changes."""
+        tensors = (self.bank.vectors, *self._parameters.values(), *self._buffers.values())
+        try:
+            return [(tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None]
+        except RuntimeError:  # made in inference mode
             return None
-        return [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors]
 
 
 class LogitsAdapter(LayerAdapter):
@@ -130,10 +126,6 @@ class LogitsAdapter(LayerAdapter):
     def content(self) -> LogitsModule:
         return LogitsModule(self.logits_a.detach(), self.logits_b.detach())
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.logits_a, self.logits_b
-
     def mixtures(self) -> tuple[TopK, TopK]:
         return topk_mixture(self.logits_a, self.topk), topk_mixture(self.logits_b, self.topk)
 
@@ -156,10 +148,6 @@ class TopKAdapter(LayerAdapter):
     def content(self) -> TopKModule:
         return TopKModule(*self.mixtures())
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.indices_a, self.weights_a, self.indices_b, self.weights_b
-
     def mixtures(self) -> tuple[TopK, TopK]:
         return TopK(self.indices_a, self.weights_a), TopK(self.indices_b, self.weights_b)
 
@@ -169,26 +157,6 @@ def _plain(layer: nn.Module) -> nn.Linear | None:
     one each time, keeps none for its gradient, and has no hooks that might. None for any other layer."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return layer if type(layer) is nn.Linear and not hooks else None
-
-
-def _in_slices(weight: Tensor) -> bool:
-    """Whether a weight is a dense one (not torchao's) that can be cut; compilers choose their own products."""
-    return not (torch.compiler.is_compiling() or len(weight) % ROW_SLICES) and type(weight) is nn.Parameter
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)`, x (n, in), with a single row in `ROW_SLICES` groups of outputs, each the same to the last bit.
-
-    torch gives the product of one float32 row on a CPU to one thread, and a batch of products to as many as MKL takes.
-    That is one again after a composition where two threads share a core: benchmarks/LOG.md has what undoes it.
-    """
-    single = len(x) == 1 and x.dtype == torch.float32 and x.is_cpu and not torch.is_grad_enabled()
-    if not (single and _in_slices(layer.weight)):
-        y: Tensor = layer(x)
-        return y
-    rows, slices = x.expand(ROW_SLICES, 1, -1), layer.weight.view(ROW_SLICES, -1, x.shape[1]).mT
-    bias = None if layer.bias is None else layer.bias.view(ROW_SLICES, 1, -1)
-    return (torch.bmm(rows, slices) if bias is None else torch.baddbmm(bias, rows, slices)).view(1, -1)
 
 
 class AdaptedLinear(nn.Module):
@@ -229,15 +197,16 @@ class AdaptedLinear(nn.Module):
         return [self._by_name[name] for name in names if name in self._by_name]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base_layer = self.base_layer
         adapters = self.targeted_by([name for name in self.active if name not in self.merged])
         if not self.enabled or not (adapters or self.rows):
-            result: Tensor = self.base_layer(x, *args, **kwargs)
+            result: Tensor = base_layer(x, *args, **kwargs)
             return result
-        base_layer = self.base_layer
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y: Tensor
         plain = _plain(base_layer)
         if plain is not None:
-            y = result = _linear(plain, flat, *args, **kwargs)  # no view: it is changed in place
+            y = result = plain(flat, *args, **kwargs)  # no view: it is changed in place
         else:
             result = base_layer(x, *args, **kwargs)
             y = result.reshape(-1, result.shape[-1])
@@ -246,7 +215,9 @@ class AdaptedLinear(nn.Module):
         else:
             for adapter in adapters:
                 y = adapter.add_delta(flat, y, in_place=plain is not None)
-        return y.to(result.dtype).view(*x.shape[:-1], -1)
+        if y.dtype != result.dtype:
+            y = y.to(result.dtype)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def _add_to_rows(self, x: Tensor, result: Tensor, rows: list[str]) -> Tensor:
         """Each row's own delta; `x` and `result` hold the tokens of the first row, then of the next (or its beams').

@@ -264,6 +264,8 @@ class VBLoRAModel(AdapterRegistry):
         `ConfigError` if the names are not as many as the rows, while adapters are merged, and for adapters with
         modules_to_save or biases, of which a forward has only one.
         """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
         with self._rows(adapter_names, args, kwargs):
             return self.model(*args, **kwargs)
 

@@ -76,20 +76,6 @@ def test_a_layer_adds_what_the_equation_says() -> None:
     torch.testing.assert_close(net.second(x), wanted)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("outputs", "sliced"), [(32, True), (12, False)])
-def test_a_single_row_is_what_the_layer_gives(bias: bool, outputs: int, sliced: bool) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(16, outputs, bias=bias))
-    model = VBLoRAModel(net, config(target_modules=["0"], vector_length=4)).eval()
-    x = torch.randn(1, 1, 16)
-    wanted = net(x)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        found = model(x)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
-    assert any(event.key in ("aten::bmm", "aten::baddbmm") for event in profile.key_averages()) == sliced
-
-
 class Remembering(nn.Linear):
     """A linear layer that keeps what it returned."""
 
