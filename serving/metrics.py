@@ -46,6 +46,7 @@ class Metrics:
         self._errors = self._counter("request_errors", "Requests that failed.", "code")
         self._rejections = self._counter("admission_rejections", "Requests refused for lack of room.", "reason")
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that were answered.")
+        self._cached_tokens = self._counter("cached_prompt_tokens", "Of these, tokens found in the prefix cache.")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
         self._queue = self._histogram("request_queue_time_seconds", "From submission to admission.", _LATENCY)
         self._first = self._histogram("time_to_first_token_seconds", "From submission to the first token.", _LATENCY)
@@ -68,10 +69,13 @@ class Metrics:
     def on_next_token(self, seconds: float) -> None:
         self._gap.observe(seconds)
 
-    def on_finished(self, reason: FinishReason, seconds: float, prompt_tokens: int, generated_tokens: int) -> None:
+    def on_finished(
+        self, reason: FinishReason, seconds: float, prompt_tokens: int, cached_tokens: int, generated_tokens: int
+    ) -> None:
         self._finished.labels(reason).inc()
         self._total.observe(seconds)
         self._prompt_tokens.inc(prompt_tokens)
+        self._cached_tokens.inc(cached_tokens)
         self._generated.inc(generated_tokens)
 
     def on_step(self, phase: Literal["prefill", "decode", "mixed"], seconds: float, rows: int, adapters: int) -> None:
@@ -131,7 +135,12 @@ class _Gauges(Collector):
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(PREFIX + name, text, value)
-        yield CounterMetricFamily(PREFIX + "preemptions", "Requests put back for lack of cache.", stats.preemptions)
+        for name, text, value in (
+            ("preemptions", "Requests put back for lack of cache.", stats.preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits),
+        ):
+            yield CounterMetricFamily(PREFIX + name, text, value)
 
 
 def _ratio(stats: EngineStats) -> float:

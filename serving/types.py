@@ -49,13 +49,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One row for the engine. `revision` is the full content hash of a resident adapter; None is the base model."""
+    """One row for the engine. `revision` is the full content hash of a resident adapter; None is the base model.
+
+    Rows share cached prefixes within a tenant, a revision and a `cache_salt`.
+    """
 
     request_id: str
     tenant: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     revision: str | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,8 @@ class GenerationEvent:
     """What one step did for one request.
 
     `text` is the newly decoded text (may be empty while a character is incomplete), `token_ids` the tokens behind it.
-    The last event of a request has a `finish_reason`; with "error", `error` says why in words fit for a stranger.
+    The last event of a request has a `finish_reason` and says how many of the prompt's tokens were `cached_tokens`,
+    found in the cache; with "error", `error` says why in words fit for a stranger.
     """
 
     request_id: str
@@ -71,6 +76,7 @@ class GenerationEvent:
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +184,7 @@ class TextCodec(Protocol):
 
 @dataclass(slots=True)
 class EngineStats:
-    """Gauges of the engine, read by /metrics and by tests."""
+    """Gauges of the engine, read by /metrics and by tests. `prefix_queries` and `prefix_hits` count prompt tokens."""
 
     requests_running: int = 0
     requests_waiting: int = 0
@@ -187,6 +193,8 @@ class EngineStats:
     slots_used: int = 0
     slots_total: int = 0
     preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 class GenerationStream(Protocol):
@@ -216,7 +224,9 @@ class EngineObserver(Protocol):
     def on_admitted(self, waited_seconds: float) -> None: ...
     def on_first_token(self, seconds: float) -> None: ...
     def on_next_token(self, seconds: float) -> None: ...
-    def on_finished(self, reason: FinishReason, seconds: float, prompt_tokens: int, generated_tokens: int) -> None: ...
+    def on_finished(
+        self, reason: FinishReason, seconds: float, prompt_tokens: int, cached_tokens: int, generated_tokens: int
+    ) -> None: ...
     def on_step(self, phase: StepPhase, seconds: float, rows: int, adapters: int) -> None: ...
     def on_compose(self, seconds: float) -> None: ...
 

@@ -14,8 +14,9 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 
 from serving.api.lifecycle import Lifecycle
+from serving.api.replies import Usage
 from serving.tenancy.authenticator import Authenticator
-from serving.types import AdapterCatalog, Caller, EngineClient, ModelCard, TextCodec
+from serving.types import AdapterCatalog, Caller, EngineClient, GenerationEvent, ModelCard, TextCodec
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,18 @@ class RequestRecord:
     caller: Caller | None = None
     adapter: str | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     generated_tokens: int = 0
     error_code: str | None = None
+
+    @property
+    def usage(self) -> Usage:
+        return Usage.of(self.prompt_tokens, self.cached_tokens, self.generated_tokens)
+
+    def count(self, event: GenerationEvent) -> None:
+        """Add what an event of one of the request's rows says."""
+        self.generated_tokens += len(event.token_ids)
+        self.cached_tokens += event.cached_tokens
 
 
 def _context(request: Request) -> ApiContext:

@@ -22,7 +22,6 @@ UNSUPPORTED: Mapping[str, NoEffect] = {
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
-    "cache_salt": (),
     "detokenize": (True,),
     "early_stopping": (False,),
     "echo": (False,),

@@ -19,7 +19,7 @@ from serving.api.context import ApiContext, CallerOf, Context, Record, RequestRe
 from serving.api.formats import ChatFormat, Choice, CompletionFormat, Format
 from serving.api.openapi import request_body
 from serving.api.prepare import Prepared, prepare_chat, prepare_completion
-from serving.api.replies import ChatReply, CompletionReply, Usage
+from serving.api.replies import ChatReply, CompletionReply
 from serving.api.resolve import shown_name
 from serving.api.rows import Rows, unless_disconnected
 from serving.api.schemas import ChatBody, CompletionBody, GenerationBody
@@ -69,7 +69,7 @@ def _admit(context: ApiContext, caller: Caller, record: RequestRecord, prepared:
     revision = None if prepared.pin is None else prepared.pin.content_hash
     rows = stack.enter_context(Rows(context.engine))
     for prompt, sampling in zip(prepared.prompts, prepared.sampling, strict=True):
-        rows.submit(caller.tenant, prompt, sampling, revision)
+        rows.submit(caller.tenant, prompt, sampling, revision, prepared.cache_salt)
     stack.enter_context(context.lifecycle.generation(rows.end))
     return rows
 
@@ -84,14 +84,14 @@ async def _answer(request: Request, body: GenerationBody, rows: Rows, shape: For
         headers["Cache-Control"] = "no-cache"
         return StreamingResponse(event_stream(rows, shape, record), media_type=MEDIA_TYPE, headers=headers)
     choices = await unless_disconnected(request, _collect(rows, record))
-    reply = shape.reply(choices, Usage.of(record.prompt_tokens, record.generated_tokens))
+    reply = shape.reply(choices, record.usage)
     return JSONResponse(reply.model_dump(), headers=headers)
 
 
 async def _collect(rows: Rows, record: RequestRecord) -> list[Choice]:
     choices = [Choice() for _ in range(len(rows))]
     async for index, event in rows.events():
-        record.generated_tokens += len(event.token_ids)
+        record.count(event)
         choices[index].texts.append(event.text)
         choices[index].finish_reason = event.finish_reason or ""
     return choices

@@ -78,6 +78,7 @@ class RequestScope:
                 "tenant": record.caller.tenant if record.caller else None,
                 "adapter": record.adapter,
                 "prompt_tokens": record.prompt_tokens,
+                "cached_tokens": record.cached_tokens,
                 "generated_tokens": record.generated_tokens,
                 "error": record.error_code,
             },

@@ -21,6 +21,7 @@ class Prepared:
     prompts: tuple[tuple[int, ...], ...]
     sampling: tuple[SamplingParams, ...]
     pin: Pin | None
+    cache_salt: str | None
 
 
 def prepare_completion(context: ApiContext, caller: Caller, body: CompletionBody) -> Prepared:
@@ -56,7 +57,7 @@ def _prepare(
     _check_options(context.card, body)
     sampling = tuple(_sampling(context.card, body, prompt, param, default) for prompt in prompts)
     pin = pin_adapter(context.catalog, caller.tenant, context.card.base_id, body.model, body.adapter_id)
-    return Prepared(tuple(tuple(prompt) for prompt in prompts), sampling, pin)
+    return Prepared(tuple(tuple(prompt) for prompt in prompts), sampling, pin, body.cache_salt)
 
 
 def _check_options(card: ModelCard, body: GenerationBody) -> None:

@@ -11,17 +11,28 @@ from serving.types import AdapterInfo, ModelCard, RevisionInfo
 OWNER = "vblora"
 
 
+class PromptTokensDetails(BaseModel):
+    """Of the prompt's tokens, those that were found in the prefix cache."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Counts of tokens, over all choices."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int) -> Usage:
-        total = prompt_tokens + completion_tokens
-        return cls(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
+    def of(cls, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Usage:
+        return cls(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+        )
 
 
 class CompletionChoice(BaseModel):

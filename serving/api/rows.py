@@ -39,9 +39,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def submit(self, tenant: str, prompt: tuple[int, ...], sampling: SamplingParams, revision: str | None) -> None:
+    def submit(
+        self,
+        tenant: str,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        revision: str | None,
+        cache_salt: str | None = None,
+    ) -> None:
         """Queue one row. Raises what `EngineClient.submit` raises; the rows before it then end with the block."""
-        request = GenerationRequest(uuid4().hex, tenant, prompt, sampling, revision)
+        request = GenerationRequest(uuid4().hex, tenant, prompt, sampling, revision, cache_salt)
         self._streams.append(self._engine.submit(request))
         self._unfinished[request.request_id] = len(self._streams) - 1
 

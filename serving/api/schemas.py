@@ -136,6 +136,7 @@ TokenIds = Annotated[list[int], AfterValidator(_check_stop_token_ids)]
 LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_check_logit_bias)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=1)]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 
 
@@ -173,6 +174,7 @@ class GenerationBody(RequestModel):
     stream_options: StreamOptions | None = None
     user: str | None = None
     request_id: RequestId | None = None
+    cache_salt: CacheSalt | None = None
 
     @property
     def requested_tokens(self) -> int | None:

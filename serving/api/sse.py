@@ -12,7 +12,6 @@ from fastapi.sse import format_sse_event
 from serving.api.context import RequestRecord
 from serving.api.errors import error_body
 from serving.api.formats import Format
-from serving.api.replies import Usage
 from serving.api.rows import Rows
 from serving.errors import InternalError, ServingError
 
@@ -27,7 +26,7 @@ async def event_stream(rows: Rows, shape: Format, record: RequestRecord) -> Asyn
         async for chunk in _chunks(rows, shape, record):
             yield _line(chunk)
         if shape.wants_usage:
-            yield _line(shape.usage_chunk(Usage.of(record.prompt_tokens, record.generated_tokens)))
+            yield _line(shape.usage_chunk(record.usage))
         yield _DONE
     except ServingError as error:
         record.error_code = error.code
@@ -41,7 +40,7 @@ async def event_stream(rows: Rows, shape: Format, record: RequestRecord) -> Asyn
 async def _chunks(rows: Rows, shape: Format, record: RequestRecord) -> AsyncIterator[dict[str, Any]]:
     started: set[int] = set()
     async for index, event in rows.events():
-        record.generated_tokens += len(event.token_ids)
+        record.count(event)
         if event.text or event.finish_reason is not None:
             yield shape.chunk(index, event.text, event.finish_reason, first=index not in started)
             started.add(index)

@@ -23,7 +23,7 @@ from vblora.compact import linear_shape
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 MOVING_ROPES = {"dynamic", "longrope"}
 PROBE_LENGTHS = (7, 12)
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest |logit|
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.4, torch.float16: 0.1}  # the most that `deviation` may be
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -85,13 +85,23 @@ def separate_logits(model: PreTrainedModel) -> Tensor:
 
 def check_packed(model: PreTrainedModel, packed: Tensor, separate: Tensor) -> None:
     """Raise `StartupError` unless a packed forward gave the logits of separate ones, up to rounding."""
-    limit = TOLERANCE[model.dtype] * float(separate.float().abs().max())
-    difference = float((packed.float() - separate.float()).abs().max())
-    if not difference <= limit:
+    limit, found = TOLERANCE[model.dtype], deviation(packed, separate)
+    if not found <= limit:
         raise StartupError(
-            f"{type(model).__name__} gives other logits in a batch than alone (differing by {difference:.2g}, at most "
-            f"{limit:.2g} allowed): it cannot be served"
+            f"{type(model).__name__} gives other logits in a batch than alone (differing by {found:.2g} of their "
+            f"spread, at most {limit:.2g} allowed): it cannot be served"
         )
+
+
+def deviation(packed: Tensor, separate: Tensor) -> float:
+    """How far logits (tokens, vocabulary) differ: |packed − separate| / |separate − its mean|, at three of four tokens.
+
+    The fourth may be one whose logits hardly differ from each other, which in 16 bits is all rounding. Seen on Gemma 3
+    270M in bfloat16: 0.1 by rounding, and 1.0 when requests see each other.
+    """
+    packed, separate = packed.float(), separate.float()
+    spread = (separate - separate.mean(dim=1, keepdim=True)).norm(dim=1)
+    return float(((packed - separate).norm(dim=1) / spread).quantile(0.75))
 
 
 @dataclass

@@ -71,6 +71,8 @@ class EngineCore:
             slots_used=self.slots.used,
             slots_total=self.runner.slots.num_slots,
             preemptions=self.scheduler.preemptions,
+            prefix_queries=self.scheduler.prefix_queries,
+            prefix_hits=self.scheduler.prefix_hits,
         )
 
     def add(self, request: GenerationRequest, arrived: float) -> None:
@@ -121,8 +123,7 @@ class EngineCore:
 
     def _commit(self, plan: StepPlan, tokens: Sequence[int | None]) -> list[GenerationEvent]:
         """Record what the step computed; returns an event for every request that got a token."""
-        for chunk in plan.chunks:
-            chunk.state.computed = chunk.end
+        self.scheduler.commit(plan)
         return [self._take(state, token) for state, token in zip(plan.sampling, tokens, strict=True)]
 
     def _take(self, state: RequestState, token: int | None) -> GenerationEvent:
@@ -154,9 +155,10 @@ class EngineCore:
             self._residency.unpin(state.request.revision)
         seconds = time.monotonic() - state.arrived
         prompt = len(state.request.prompt_token_ids)
-        self._observer.on_finished(finish.reason, seconds, prompt, state.num_generated)
+        self._observer.on_finished(finish.reason, seconds, prompt, state.cached, state.num_generated)
         tokens = () if token is None else (token,)
-        return GenerationEvent(state.id, text + state.detokenizer.finish(), tokens, finish.reason, finish.error)
+        text += state.detokenizer.finish()
+        return GenerationEvent(state.id, text, tokens, finish.reason, finish.error, state.cached)
 
     def _drop_retired(self) -> None:
         """Zero the idle slots whose revision has left memory."""

@@ -14,8 +14,9 @@ class RequestState:
     """What changes while a request runs.
 
     `tokens` are the prompt's and the generated ones; the first `computed` of them have keys and values in the cache
-    blocks of `block_table`. Preemption sets `computed` to 0 and frees the blocks, nothing else, so that recomputing
-    never samples or emits a token twice. `seed` is the request's own, or one drawn at random.
+    blocks of `block_table`, and the full blocks have `block_keys`. `cached` counts the prompt tokens that were in the
+    cache when the request was first admitted. Preemption sets `computed` to 0 and frees the blocks, nothing else, so
+    that recomputing never samples or emits a token twice. `seed` is the request's own, or one drawn at random.
     """
 
     request: GenerationRequest
@@ -26,6 +27,8 @@ class RequestState:
     tokens: list[int]
     computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    cached: int = 0
     slot: int = 0
     admitted: float | None = None
     last_token: float | None = None

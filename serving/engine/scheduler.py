@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from serving.adapters.slots import SlotPool
+from serving.engine.block_keys import BlockKeys
 from serving.engine.blocks import BlockManager
 from serving.engine.request import Chunk, Fill, RequestState, StepPlan
 
@@ -17,7 +18,7 @@ class Scheduler:
     Waiting requests are admitted from the tenant that has been served least (the virtual token counter of Sheng et
     al., "Fairness in Serving Large Language Models", arXiv 2401.00588), first come first served within a tenant. When
     the cache is full the newest running request is preempted, so the oldest always progresses: the cache must hold
-    one request of full length.
+    one request of full length. A request does not compute what its tenant and revision have left in the cache.
     """
 
     def __init__(self, blocks: BlockManager, slots: SlotPool, *, max_batch_size: int, max_batched_tokens: int) -> None:
@@ -27,6 +28,9 @@ class Scheduler:
         self.max_batched_tokens = max_batched_tokens
         self.running: list[RequestState] = []
         self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._keys = BlockKeys(blocks.block_size)
         self._waiting: dict[str, deque[RequestState]] = {}
         self._served: dict[str, int] = {}
         self._fills: list[Fill] = []
@@ -72,6 +76,16 @@ class Scheduler:
         fills, self._fills = tuple(self._fills), []
         return StepPlan(tuple(chunks), fills)
 
+    def commit(self, plan: StepPlan) -> None:
+        """The step has run: its tokens have keys and values, and the blocks that it filled may be shared."""
+        for chunk in plan.chunks:
+            state = chunk.state
+            state.computed = chunk.end
+            self._keys.extend(state.block_keys, state.request, state.tokens)
+            size = self.blocks.block_size
+            for index in range(chunk.start // size, chunk.end // size):
+                self.blocks.keep(state.block_table[index], state.block_keys[index])
+
     def _make_room(self, chunk: Chunk) -> bool:
         """Give the chunk its blocks, preempting newer requests for them; False if it had to go itself."""
         while not self.blocks.can_grow(chunk.state.block_table, chunk.end):
@@ -88,14 +102,30 @@ class Scheduler:
         while budget > 0 and self._waiting and len(self.running) < self.max_batch_size:
             tenant = min(self._waiting, key=lambda name: self._served[name])
             state = self._waiting[tenant][0]
+            self._reuse(state)
             if not self.blocks.can_grow(state.block_table, len(state.tokens)) or not self._take_slot(state):
+                self.blocks.release(state.block_table)
+                state.computed = 0
                 break
             self.blocks.grow(state.block_table, len(state.tokens))
+            self._count_prefix(state)
             self._dequeue(tenant, state)
             self.running.append(state)
             admitted.append(Chunk(state, state.computed, min(state.remaining, budget)))
             budget -= admitted[-1].length
         return admitted
+
+    def _reuse(self, state: RequestState) -> None:
+        """Take the cached blocks that the request's tokens begin with; its last token is computed in any case."""
+        self._keys.extend(state.block_keys, state.request, state.tokens)
+        usable = (len(state.tokens) - 1) // self.blocks.block_size
+        state.computed = self.blocks.share(state.block_table, state.block_keys[:usable]) * self.blocks.block_size
+
+    def _count_prefix(self, state: RequestState) -> None:
+        if not state.preemptions:
+            state.cached = state.computed
+            self.prefix_queries += len(state.tokens)
+            self.prefix_hits += state.cached
 
     def _take_slot(self, state: RequestState) -> bool:
         revision = state.request.revision

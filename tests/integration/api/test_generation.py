@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from tests.integration.api.conftest import BASE, Server
+from tests.integration.api.conftest import BASE, Files, Server
 from tests.support import CONTEXT, tiny_tokenizer
 
 ADAPTER_HEADER = "X-VBLoRA-Adapter"
@@ -36,9 +36,39 @@ def test_a_completion_has_openais_shape(server: Server) -> None:
         "object": "text_completion",
         "model": BASE,
         "choices": [{"index": 0, "logprobs": None, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9},
+        "usage": {
+            "prompt_tokens": 4,
+            "completion_tokens": 5,
+            "total_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
     assert text
+
+
+def cached(server: Server, **fields: Any) -> int:
+    """How many tokens of a prompt of 40 were in the cache."""
+    reply = server.complete(prompt=[*range(5, 45)], max_tokens=1, **fields)
+    return int(reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_a_repeated_prefix_is_cached_for_the_same_content_and_salt_only(server: Server, files: Files) -> None:
+    server.client.post("/v1/adapters", **files.upload("mine", 2))
+    try:
+        for fields in (
+            {},
+            {"model": "mine"},
+            {"model": "a0"},
+            {"cache_salt": "s"},
+            {"model": "mine", "cache_salt": "s"},
+        ):
+            assert [cached(server, **fields) for _ in range(2)] == [0, 32]
+        server.client.post("/v1/adapters", **files.upload("mine", 3))
+        assert [cached(server, model="mine") for _ in range(2)] == [0, 32]
+        rows = server.complete(prompt=[[*range(5, 45)]] * 2, max_tokens=1).json()["usage"]
+        assert rows["prompt_tokens_details"] == {"cached_tokens": 64}
+    finally:
+        server.client.delete("/v1/adapters/mine")
 
 
 def test_sixteen_tokens_are_the_default_of_completions(server: Server) -> None:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from serving.engine.compatibility import deviation
 from serving.engine.model_runner import ModelRunner
 from serving.errors import StartupError
 from serving.types import EngineSettings
@@ -78,7 +79,8 @@ def test_chunked_layers_are_refused() -> None:
         run(model)
 
 
-def test_a_batch_that_leaks_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_batch_that_leaks_is_found_by_the_probe(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last line of defence: break the masks and the model must not be served."""
     from serving.engine import attention
 
@@ -86,9 +88,20 @@ def test_a_batch_that_leaks_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatc
         span, positions = self.spans[index], self._slots[index]
         return attention._Gather(positions, torch.ones(span.length, len(positions), dtype=torch.bool))
 
+    model = tiny_model("llama").to(dtype)
+    assert run(model)
     monkeypatch.setattr(attention.AttentionStep, "prefilling", everything)
     with pytest.raises(StartupError, match="other logits in a batch than alone"):
-        run(tiny_model("llama"))
+        run(tiny_model("llama").to(dtype))
+
+
+def test_a_token_that_is_all_rounding_does_not_count() -> None:
+    logits = torch.randn(8, 100)
+    logits[0] = 70.0
+    rounded = logits + 1e-3 * torch.randn(8, 100)
+    assert deviation(rounded, logits) < 0.01
+    assert deviation(logits.roll(1, dims=0), logits) > 1
+    assert not deviation(rounded * float("nan"), logits) <= 1
 
 
 def test_learned_positions_bound_the_context() -> None:

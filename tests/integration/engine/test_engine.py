@@ -61,6 +61,20 @@ def test_a_batch_gives_what_each_request_gives_alone(engine: Engine) -> None:
     assert alone[0] != alone[1]
 
 
+def test_a_cached_prefix_changes_no_answer(engine: Engine) -> None:
+    adapter = engine.load_adapter(random_adapter(tiny_model(), rank=4, seed=1))
+    text = "the restaurant serves the best food of the town, and the quick brown fox jumps over the lazy dog " * 3
+
+    def ask() -> list[tuple[int, ...]]:
+        rows = [request(text, revision=r, **p) for r in (None, adapter) for p in ({}, {"seed": 1, "temperature": 1.0})]
+        return [answer.token_ids for answer in engine.generate(rows)]
+
+    cold = ask()
+    hits = engine.stats().prefix_hits
+    assert ask() == cold
+    assert engine.stats().prefix_hits - hits > 4 * 60
+
+
 def test_seeded_sampling_repeats_and_survives_preemption() -> None:
     roomy, tight = tiny_engine(), tiny_engine(kv_cache_bytes=128 * 2 * 2 * 2 * 16 * 4, max_model_len=128)
     prompts = ["the quick brown fox", "over the lazy dog", "the restaurant"]

@@ -2,7 +2,7 @@
 
 Float32, greedy. Before comparing, each test makes sure that it could fail: that attention, the adapter, the right
 adapter and the window each matter to more than half of the tokens, that no choice was a near tie, and that requests
-were preempted on the way.
+were preempted on the way, or found their prompts in the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from serving.adapters.residency import Residency
 from serving.engine.core import EngineCore
 from serving.engine.engine import SilentObserver
 from serving.engine.model_runner import ModelRunner
-from serving.types import EngineSettings, GenerationRequest, SamplingParams
+from serving.types import EngineSettings, EngineStats, GenerationRequest, SamplingParams
 from tests.support import FAMILIES, random_adapter, tiny_model, tiny_tokenizer
 from vblora.checkpoint import AdapterCheckpoint, content_hash, write_adapter
 from vblora.model import VBLoRAModel
@@ -28,6 +28,7 @@ from vblora.model import VBLoRAModel
 NEW_TOKENS = 20
 BLOCK_SIZE = 8
 CACHE_BLOCKS = 14  # of 8 tokens: one request of full length, but not the twelve below
+ROOMY_CACHE_BLOCKS = 400
 MAX_MODEL_LEN = 96
 PROMPT_LENGTHS = (3, 50, 9, 31, 70, 5, 22, 41, 13, 60, 2, 27)
 LEAST_GAP = 1e-4
@@ -100,12 +101,15 @@ def changed(tokens: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) ->
 
 
 def serve(
-    model: PreTrainedModel, adapters: list[AdapterCheckpoint], work: Sequence[tuple[int | None, list[int]]]
-) -> tuple[list[list[int]], int]:
-    """Run the work through the engine, two requests arriving every third step; returns tokens and preemptions."""
+    model: PreTrainedModel,
+    adapters: list[AdapterCheckpoint],
+    work: Sequence[tuple[int | None, list[int]]],
+    cache_blocks: int,
+) -> tuple[list[list[int]], EngineStats]:
+    """Run the work through the engine, two requests arriving every third step; returns tokens and what it counted."""
     settings = EngineSettings(
         model="tiny", max_batch_size=8, max_batched_tokens=24, block_size=BLOCK_SIZE, max_model_len=MAX_MODEL_LEN,
-        max_rank=8, kv_cache_bytes=CACHE_BLOCKS * BLOCK_SIZE * bytes_per_token(model),
+        max_rank=8, kv_cache_bytes=cache_blocks * BLOCK_SIZE * bytes_per_token(model),
     )  # fmt: skip
     runner = ModelRunner(copy.deepcopy(model), settings)
     residency = Residency()
@@ -130,7 +134,7 @@ def serve(
         step += 1
     stats = core.stats()
     assert stats.kv_blocks_used == stats.slots_used == stats.requests_running == 0
-    return tokens, stats.preemptions
+    return tokens, stats
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
@@ -167,6 +171,14 @@ def test_mixed_batch_equals_generate_on_merged_models(family: str, tmp_path: Pat
     if getattr(model.config, "sliding_window", None):
         assert share_changed(everyone, {row: without_window(models[which[row]]) for row in everyone}) > 0.5
 
-    tokens, preemptions = serve(model, adapters, list(zip(which, prompts, strict=True)))
-    assert preemptions > 0
+    work = list(zip(which, prompts, strict=True))
+    tokens, stats = serve(model, adapters, work, CACHE_BLOCKS)
+    assert stats.preemptions > 0
     assert tokens == list(expected)
+    answered = [(index, [*prompt, *answer]) for (index, prompt), answer in zip(work, expected, strict=True)]
+    fitting = [(index, text) for index, text in answered if len(text) + NEW_TOKENS <= MAX_MODEL_LEN]
+    again = [(index, text[:-1]) for index, text in fitting]
+    tokens, stats = serve(model, adapters, [*work, *again], ROOMY_CACHE_BLOCKS)
+    assert stats.prefix_hits > 0.8 * sum(len(prompt) for _, prompt in again)
+    assert tokens[: len(work)] == list(expected)
+    assert [row[0] for row in tokens[len(work) :]] == [text[-1] for _, text in fitting]

@@ -18,8 +18,8 @@ def test_the_engines_reports_are_counted() -> None:
     metrics.on_next_token(0.1)
     metrics.on_compose(0.001)
     metrics.on_step("decode", 0.02, 3, 2)
-    metrics.on_finished("stop", 2.0, 5, 7)
-    metrics.on_finished("length", 2.0, 1, 1)
+    metrics.on_finished("stop", 2.0, 5, 3, 7)
+    metrics.on_finished("length", 2.0, 1, 0, 1)
     assert value(metrics, "request_queue_time_seconds_sum") == 0.5
     assert value(metrics, "time_to_first_token_seconds_count") == 1
     assert value(metrics, "inter_token_latency_seconds_count") == 2
@@ -28,6 +28,7 @@ def test_the_engines_reports_are_counted() -> None:
     assert value(metrics, "request_success_total", finished_reason="stop") == 1
     assert value(metrics, "e2e_request_latency_seconds_sum") == 4.0
     assert value(metrics, "prompt_tokens_total") == 6
+    assert value(metrics, "cached_prompt_tokens_total") == 3
     assert value(metrics, "generation_tokens_total") == 8
 
 
@@ -43,7 +44,7 @@ def test_the_routes_reports_are_counted() -> None:
 
 
 def test_gauges_are_read_at_each_scrape_and_rest_when_nothing_runs() -> None:
-    stats = EngineStats(1, 2, 3, 4, 5, 6, 7)
+    stats = EngineStats(1, 2, 3, 4, 5, 6, 7, 15, 16)
     metrics = Metrics(CollectorRegistry())
     metrics.watch(lambda: stats, lambda: AdapterGauges(8, 9, 10, 11, 12))
     metrics.on_step("mixed", 0.1, 13, 14)
@@ -54,6 +55,8 @@ def test_gauges_are_read_at_each_scrape_and_rest_when_nothing_runs() -> None:
         "adapter_slots_used": 5,
         "adapter_slots": 6,
         "preemptions_total": 7,
+        "prefix_cache_queries_total": 15,
+        "prefix_cache_hits_total": 16,
         "adapters_registered": 8,
         "adapters_resident": 9,
         "adapter_resident_bytes": 10,

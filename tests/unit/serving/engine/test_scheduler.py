@@ -34,6 +34,15 @@ def run(plan: StepPlan) -> None:
         sampled.tokens.append(0)
 
 
+def run_whole(subject: Scheduler, steps: int) -> None:
+    """Whole steps, as the engine's: what was computed may be shared."""
+    for _ in range(steps):
+        plan = subject.schedule()
+        subject.commit(plan)
+        for sampled in plan.sampling:
+            sampled.tokens.append(0)
+
+
 def lengths(plan: StepPlan) -> list[int]:
     return [chunk.length for chunk in plan.chunks]
 
@@ -159,3 +168,93 @@ def test_everything_is_given_back_at_the_end() -> None:
     assert subject.blocks.num_free == 20
     assert subject.slots.used == 0
     assert not subject.has_work
+
+
+def test_a_prefix_that_was_computed_is_not_computed_again() -> None:
+    subject = scheduler(tokens=64)
+    subject.add(first := state(11))
+    run_whole(subject, 3)
+    subject.remove(first)
+    subject.add(second := state(11))
+    assert lengths(subject.schedule()) == [3]
+    assert (second.cached, second.computed) == (8, 8)
+    assert (subject.prefix_queries, subject.prefix_hits) == (22, 8)
+
+
+def test_the_last_token_is_computed_in_any_case() -> None:
+    subject = scheduler(tokens=64)
+    subject.add(state(8))
+    run_whole(subject, 1)
+    subject.add(later := state(8))
+    plan = subject.schedule()
+    assert lengths(plan) == [1, 4]
+    assert later.cached == 4
+    assert later in plan.sampling
+
+
+def test_running_requests_share_blocks_and_never_write_to_them() -> None:
+    subject = scheduler(tokens=64)
+    subject.add(first := state(9))
+    run_whole(subject, 1)
+    subject.add(second := state(9))
+    run_whole(subject, 6)
+    assert first.block_table[:2] == second.block_table[:2]
+    assert not {*first.block_table[2:]} & {*second.block_table}
+
+
+def test_no_prefix_is_shared_beyond_tenant_and_revision() -> None:
+    subject = scheduler(tokens=256)
+    for tenant, revision in (("ann", None), ("bob", None), ("ann", "a"), ("ann", "b"), ("ann", "a")):
+        subject.add(entry := state(9, tenant, revision))
+        run_whole(subject, 1)
+        assert entry.cached == (8 if (tenant, revision) == ("ann", "a") and subject.prefix_hits else 0)
+        subject.remove(entry)
+    assert subject.prefix_hits == 8
+
+
+def test_generated_tokens_are_a_prefix_too() -> None:
+    subject = scheduler(tokens=64)
+    subject.add(first := state(6))
+    run_whole(subject, 8)
+    tokens = list(first.tokens)
+    subject.remove(first)
+    later = state(6)
+    later.tokens[:] = [*tokens, 1, 2]
+    subject.add(later)
+    subject.schedule()
+    assert later.computed == 12
+
+
+def test_a_preempted_request_takes_its_own_blocks_back() -> None:
+    subject = scheduler(tokens=64)
+    subject.add(only := state(9))
+    run_whole(subject, 2)
+    subject.preempt(only)
+    plan = subject.schedule()
+    assert lengths(plan) == [3]
+    assert only.cached == 0
+
+
+def test_a_step_that_failed_leaves_nothing_to_share() -> None:
+    subject = scheduler(tokens=64)
+    subject.add(first := state(9))
+    subject.schedule()
+    subject.remove(first)
+    subject.add(second := state(9))
+    subject.schedule()
+    assert second.cached == 0
+
+
+def test_a_request_that_must_wait_holds_no_blocks() -> None:
+    subject = scheduler(blocks=6, slots=2, tokens=64)
+    subject.add(first := state(9, revision="a"))
+    run_whole(subject, 1)
+    subject.remove(first)
+    subject.add(holder := state(5, revision="b"))
+    run_whole(subject, 1)
+    subject.add(waiting := state(9, revision="a"))
+    run_whole(subject, 1)
+    assert (waiting.block_table, waiting.computed) == ([], 0)
+    subject.remove(holder)
+    subject.schedule()
+    assert waiting.cached == 8
