@@ -1,7 +1,8 @@
 """P14: time to the first token of a prompt of 512 tokens that the cache holds, against one that it does not.
 
 One engine, one request at a time, own adapter; both sides in turn, with prompts of their own for every cold one. Before
-the times the answers of a cached and an uncached prompt are compared. The last line is JSON.
+the times an engine in float32 gives the same tokens both ways (bfloat16 rounds differently when other rows are in the
+product). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 
 import torch
@@ -40,22 +42,32 @@ def answer(engine: Engine, name: str, prompt: tuple[int, ...], revision: str) ->
     return first, cached, tokens
 
 
+def compare_answers(model: str, length: int) -> None:
+    """Exit unless a cached prompt is answered as an uncached one, in float32."""
+    engine = Engine.from_settings(EngineSettings(model=model, dtype="float32"))
+    revision = engine.load_adapter(random_adapter(engine, 0))
+    (prompt,) = prompts(engine, 1, length)
+    (_, nothing, expected), (_, found, tokens) = (answer(engine, name, prompt, revision) for name in ("a", "b"))
+    engine.close()
+    if tokens != expected or nothing or found < length - engine.settings.block_size:
+        sys.exit(f"with {found} tokens cached the answer is {tokens}, with {nothing} it was {expected}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--length", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    compare_answers(options.model, options.length)
     engine = Engine.from_settings(EngineSettings(model=options.model))
     revision = engine.load_adapter(random_adapter(engine, 0))
     sides: dict[str, list[float]] = {"cold": [], "cached": []}
     warm_up, *measured = prompts(engine, options.repeats + 1, options.length)
     answer(engine, "warm-up", warm_up, revision)
     for number, prompt in enumerate(measured):
-        cold, nothing, expected = answer(engine, f"cold-{number}", prompt, revision)
-        cached, found, tokens = answer(engine, f"cached-{number}", prompt, revision)
-        assert nothing == 0 and found >= options.length - engine.settings.block_size, "the cache did not do its part"
-        assert tokens == expected, "a cached prompt was answered differently"
+        cold, _, _ = answer(engine, f"cold-{number}", prompt, revision)
+        cached, found, _ = answer(engine, f"cached-{number}", prompt, revision)
         sides["cold"].append(cold)
         sides["cached"].append(cached)
         print(f"{number + 1}/{options.repeats}: {cold:.4f} s cold, {cached:.4f} s cached ({found} tokens)", flush=True)
