@@ -1,7 +1,7 @@
 """One customer, three ways: a LoRA, a VB-LoRA with a bank of its own, and one on a frozen bank shared by all four.
 
     python -m examples.customers.compare lora NAME --out FOLDER --seed N --steps N [--model demo]
-    python -m examples.customers.compare table --lora FOLDER --own FOLDER [--shared FOLDER] [--model demo] [--rows N]
+    python -m examples.customers.compare table --lora FOLDER --shared FOLDER [--own FOLDER] [--model demo] [--rows N]
 
 `lora` trains a LoRA with PEFT, on the rows, batches and schedule that `vblora train` has for the same seed and steps.
 `table` prints, for every customer that it finds in all three folders, the held-out loss in nats a token and, for each
@@ -123,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--seed", type=int, required=True)
     training.add_argument("--steps", type=int, required=True)
+    table.add_argument("--own", type=Path, default=ADAPTERS)
     table.add_argument("--lora", type=Path, required=True)
-    table.add_argument("--own", type=Path, required=True)
-    table.add_argument("--shared", type=Path, default=ADAPTERS)
+    table.add_argument("--shared", type=Path, required=True)
     table.add_argument("--rows", type=int)
     given = parser.parse_args(arguments)
     base = load_base_model(given.model, dtype="float32")
