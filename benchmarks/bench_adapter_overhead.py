@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
+from typing import Any
 
-from benchmarks.workload import machine, random_adapter, requests
+from benchmarks.workload import fresh_process, machine, random_adapter, requests
 from serving.engine import Engine
 from serving.types import EngineSettings
 
@@ -32,15 +31,6 @@ def measure(model: str, rows: int, tokens: int, adapters: int) -> dict[str, obje
     return result
 
 
-def fresh(options: argparse.Namespace, adapters: int) -> dict[str, object]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.bench_adapter_overhead", "--child", str(adapters)]
-    command += ["--model", options.model, "--rows", str(options.rows), "--tokens", str(options.tokens)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, object] = json.loads(output.splitlines()[-1])
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
@@ -53,11 +43,14 @@ def main() -> None:
         print(json.dumps(measure(options.model, options.rows, options.tokens, options.child)))
         return
     sides: dict[str, list[float]] = {"adapters": [], "base": []}
-    details: dict[str, object] = {}
+    details: dict[str, Any] = {}
     for repeat in range(options.repeats):
         for side, adapters in (("adapters", options.rows), ("base", 0)):
-            details = fresh(options, adapters)
-            sides[side].append(float(str(details.pop("tokens_per_second"))))
+            details = fresh_process(
+                "benchmarks.bench_adapter_overhead",
+                "--child", adapters, "--model", options.model, "--rows", options.rows, "--tokens", options.tokens,
+            )  # fmt: skip
+            sides[side].append(details.pop("tokens_per_second"))
             print(f"{repeat + 1}/{options.repeats} {side}: {sides[side][-1]:.1f} tok/s", flush=True)
     medians = {side: statistics.median(values) for side, values in sides.items()}
     print(json.dumps({"claim": "P4", "ratio": medians["adapters"] / medians["base"], "sides": sides, **details}))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from benchmarks.workload import machine
+from benchmarks.workload import fresh_process, machine
 from vblora import VBLoRAConfig, VBLoRAModel, get_vblora_model
 from vblora.data import encode, read_rows
 from vblora.integrations.base_models import load_base_model
@@ -129,15 +128,6 @@ def write_adapters(folder: Path, name: str) -> None:
     get_vblora_model(base.model, VBLoRAConfig(target_modules="all-linear", **SHAPE)).save_pretrained(folder / "model")
 
 
-def fresh(options: argparse.Namespace, side: str, folder: Path) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.bench_method", "--child", side, "--folder", str(folder)]
-    command += ["--model", options.model, "--steps", str(options.steps)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return result
-
-
 def check_agreement(found: dict[str, list[dict[str, Any]]]) -> None:
     """Exit unless both sides computed the same."""
     for figure, tolerance in AGREEMENT.items():
@@ -165,7 +155,8 @@ def main() -> None:
         write_adapters(Path(temporary), options.model)
         for repeat in range(options.repeats):
             for side in SIDES:
-                found[side].append(fresh(options, side, Path(temporary)))
+                arguments = ("--child", side, "--folder", temporary, "--model", options.model, "--steps", options.steps)
+                found[side].append(fresh_process("benchmarks.bench_method", *arguments))
                 print(f"{repeat + 1}/{options.repeats} {side}: {found[side][-1]}", flush=True)
     check_agreement(found)
     sides = {side: {figure: [run[figure] for run in runs] for figure in runs[0]} for side, runs in found.items()}

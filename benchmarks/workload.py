@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
+import sys
+from typing import Any
 
 import torch
 
@@ -47,6 +51,14 @@ def requests(engine: Engine, count: int, tokens: int, adapters: list[str]) -> li
         GenerationRequest(f"r{row}", "default", prompt, sampling, adapters[row % len(adapters)] if adapters else None)
         for row in range(count)
     ]
+
+
+def fresh_process(module: str, *arguments: object) -> dict[str, Any]:
+    """The JSON of the last line that a benchmark prints, run in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
 
 
 def machine() -> dict[str, object]:

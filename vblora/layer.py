@@ -61,7 +61,9 @@ class LayerAdapter(nn.Module, ABC):
         """A (r, in) and Bᵀ (r, out). Without gradients they are composed once and kept until a tensor changes."""
         if self.given is not None:
             return self.given
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._compose()
+        if torch.is_grad_enabled():
             self._composed = None
             return self._compose()
         state = self._state()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,14 +272,14 @@ class VBLoRAModel(AdapterRegistry):
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`; `adapter_names` and errors are `forward`'s."""
         generate: Any = self.model.generate
+        if adapter_names is None:
+            return generate(*args, **kwargs)
         with self._rows(adapter_names, args, kwargs):
             return generate(*args, **kwargs)
 
     def _rows(
-        self, names: Sequence[str] | None, args: Sequence[object], kwargs: Mapping[str, object]
+        self, names: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]
     ) -> AbstractContextManager[None]:
-        if names is None:
-            return nullcontext()
         if isinstance(names, str):
             raise AdapterNameError(f"adapter_names must be a list of names, not the string {names!r}")
         used = self._known([name for name in names if name != BASE_ROWS])

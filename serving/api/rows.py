@@ -45,7 +45,7 @@ class Rows:
         prompt: tuple[int, ...],
         sampling: SamplingParams,
         revision: str | None,
-        cache_salt: str | None = None,
+        cache_salt: str | None,
     ) -> None:
         """Queue one row. Raises what `EngineClient.submit` raises; the rows before it then end with the block."""
         request = GenerationRequest(uuid4().hex, tenant, prompt, sampling, revision, cache_salt)

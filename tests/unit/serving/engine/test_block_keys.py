@@ -38,13 +38,18 @@ def test_a_key_stands_for_all_tokens_before() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"tenant": "bob"}, {"revision": "other"}, {"revision": None}, {"cache_salt": None}, {"cache_salt": "other"}],
+    "other",
+    [
+        replace(REQUEST, tenant="bob"),
+        replace(REQUEST, revision="other"),
+        replace(REQUEST, revision=None),
+        replace(REQUEST, cache_salt="other"),
+        replace(REQUEST, cache_salt=None),
+    ],
 )
-def test_no_key_is_shared_beyond_tenant_revision_and_salt(change: dict[str, str | None]) -> None:
+def test_no_key_is_shared_beyond_tenant_revision_and_salt(other: GenerationRequest) -> None:
     keys = BlockKeys(SIZE)
     tokens = list(range(8))
-    other = replace(REQUEST, **change)  # type: ignore[arg-type]
     assert not {*keys_of(keys, REQUEST, tokens)} & {*keys_of(keys, other, tokens)}
 
 

@@ -20,27 +20,24 @@ def scheduler(blocks: int = 100, slots: int = 9, rows: int = 8, tokens: int = 16
     return Scheduler(BlockManager(blocks, BLOCK), SlotPool(slots), max_batch_size=rows, max_batched_tokens=tokens)
 
 
-def state(length: int, tenant: str = "default", revision: str | None = None) -> RequestState:
+def state(length: int, tenant: str = "default", revision: str | None = None, first: int = 0) -> RequestState:
+    """A request of `length` tokens from `first` on: others that begin with it share its blocks."""
     order = next(ORDER)
-    request = GenerationRequest(str(order), tenant, tuple(range(length)), SamplingParams(max_tokens=50), revision)
+    tokens = [*range(first, first + length)]
+    request = GenerationRequest(str(order), tenant, tuple(tokens), SamplingParams(max_tokens=50), revision)
     detokenizer = Detokenizer(tiny_tokenizer().backend_tokenizer)
-    return RequestState(request, detokenizer, seed=0, arrived=0.0, order=order, tokens=list(range(length)))
+    return RequestState(request, detokenizer, seed=0, arrived=0.0, order=order, tokens=tokens)
 
 
-def run(plan: StepPlan) -> None:
-    for chunk in plan.chunks:
-        chunk.state.computed = chunk.end
+def run(subject: Scheduler, plan: StepPlan) -> None:
+    subject.commit(plan)
     for sampled in plan.sampling:
         sampled.tokens.append(0)
 
 
-def run_whole(subject: Scheduler, steps: int) -> None:
-    """Whole steps, as the engine's: what was computed may be shared."""
+def run_steps(subject: Scheduler, steps: int) -> None:
     for _ in range(steps):
-        plan = subject.schedule()
-        subject.commit(plan)
-        for sampled in plan.sampling:
-            sampled.tokens.append(0)
+        run(subject, subject.schedule())
 
 
 def lengths(plan: StepPlan) -> list[int]:
@@ -55,7 +52,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_and_samples_at_its_end() -> None:
         plan = subject.schedule()
         assert lengths(plan) == [expected]
         sampled.append(bool(plan.sampling))
-        run(plan)
+        run(subject, plan)
     assert sampled == [False, False, True]
     assert lengths(subject.schedule()) == [1]
     assert long.num_generated == 1
@@ -64,7 +61,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_and_samples_at_its_end() -> None:
 def test_decoding_rows_go_before_prefill_and_share_its_step() -> None:
     subject = scheduler(tokens=16)
     subject.add(state(3))
-    run(subject.schedule())
+    run(subject, subject.schedule())
     subject.add(state(40))
     plan = subject.schedule()
     assert lengths(plan) == [1, 15]
@@ -72,11 +69,11 @@ def test_decoding_rows_go_before_prefill_and_share_its_step() -> None:
 
 def test_the_newest_is_preempted_and_the_oldest_always_progresses() -> None:
     subject = scheduler(blocks=4, tokens=64)
-    old, new = state(7), state(7)
+    old, new = state(7), state(7, first=100)
     subject.add(old)
     subject.add(new)
     for _ in range(2):
-        run(subject.schedule())
+        run(subject, subject.schedule())
     plan = subject.schedule()
     assert [chunk.state for chunk in plan.chunks] == [old]
     assert subject.preemptions == 1
@@ -84,7 +81,7 @@ def test_the_newest_is_preempted_and_the_oldest_always_progresses() -> None:
     assert new.block_table == []
     assert new.num_generated == 2
     before = old.num_generated
-    run(plan)
+    run(subject, plan)
     assert old.num_generated == before + 1
 
 
@@ -92,8 +89,10 @@ def test_a_preempted_request_computes_all_its_tokens_again_and_samples_once() ->
     subject = scheduler(tokens=64)
     subject.add(only := state(5))
     for _ in range(3):
-        run(subject.schedule())
+        run(subject, subject.schedule())
     subject.preempt(only)
+    subject.blocks.grow(others := [], 100 * BLOCK)  # all blocks, with what they knew
+    subject.blocks.release(others)
     plan = subject.schedule()
     assert lengths(plan) == [8]
     assert plan.sampling == [only]
@@ -104,7 +103,7 @@ def test_a_preempted_request_comes_back_before_those_that_came_later() -> None:
     first, second = state(3), state(3)
     subject.add(first)
     subject.add(second)
-    run(subject.schedule())
+    run(subject, subject.schedule())
     subject.preempt(first)
     assert [chunk.state for chunk in subject.schedule().chunks] == [first]
 
@@ -117,7 +116,7 @@ def test_requests_wait_for_a_slot_when_all_hold_other_revisions() -> None:
     plan = subject.schedule()
     assert [chunk.state for chunk in plan.chunks] == [a]
     assert [(fill.slot, fill.revision) for fill in plan.fills] == [(1, "a")]
-    run(plan)
+    run(subject, plan)
     subject.remove(a)
     plan = subject.schedule()
     assert [chunk.state for chunk in plan.chunks] == [b]
@@ -132,27 +131,27 @@ def test_the_tenant_served_least_is_admitted_next() -> None:
     while subject.has_work:
         plan = subject.schedule()
         order.append(plan.chunks[0].state.request.tenant)
-        run(plan)
+        run(subject, plan)
         subject.remove(plan.chunks[0].state)
     assert order == ["greedy", "modest", "modest", "modest", "greedy"]
 
 
 def test_idleness_earns_no_credit() -> None:
     subject = scheduler(rows=1, tokens=64)
-    busy = [state(10, "busy") for _ in range(6)]
+    busy = [state(10, "busy", first=100 * number) for number in range(6)]
     for entry in busy:
         subject.add(entry)
     for entry in busy[:3]:
-        run(subject.schedule())
+        run(subject, subject.schedule())
         subject.remove(entry)
-    late = [state(10, "late") for _ in range(3)]
+    late = [state(10, "late", first=100 * number) for number in range(3)]
     for entry in late:
         subject.add(entry)
     served = []
     for _ in range(4):
         plan = subject.schedule()
         served.append(plan.chunks[0].state.request.tenant)
-        run(plan)
+        run(subject, plan)
         subject.remove(plan.chunks[0].state)
     assert sorted(served) == ["busy", "busy", "late", "late"]
 
@@ -162,7 +161,7 @@ def test_everything_is_given_back_at_the_end() -> None:
     states = [state(5, revision=str(index % 3)) for index in range(6)]
     for entry in states:
         subject.add(entry)
-    run(subject.schedule())
+    run(subject, subject.schedule())
     for entry in states:
         subject.remove(entry)
     assert subject.blocks.num_free == 20
@@ -173,7 +172,7 @@ def test_everything_is_given_back_at_the_end() -> None:
 def test_a_prefix_that_was_computed_is_not_computed_again() -> None:
     subject = scheduler(tokens=64)
     subject.add(first := state(11))
-    run_whole(subject, 3)
+    run_steps(subject, 3)
     subject.remove(first)
     subject.add(second := state(11))
     assert lengths(subject.schedule()) == [3]
@@ -184,7 +183,7 @@ def test_a_prefix_that_was_computed_is_not_computed_again() -> None:
 def test_the_last_token_is_computed_in_any_case() -> None:
     subject = scheduler(tokens=64)
     subject.add(state(8))
-    run_whole(subject, 1)
+    run_steps(subject, 1)
     subject.add(later := state(8))
     plan = subject.schedule()
     assert lengths(plan) == [1, 4]
@@ -195,27 +194,27 @@ def test_the_last_token_is_computed_in_any_case() -> None:
 def test_running_requests_share_blocks_and_never_write_to_them() -> None:
     subject = scheduler(tokens=64)
     subject.add(first := state(9))
-    run_whole(subject, 1)
+    run_steps(subject, 1)
     subject.add(second := state(9))
-    run_whole(subject, 6)
+    run_steps(subject, 6)
     assert first.block_table[:2] == second.block_table[:2]
     assert not {*first.block_table[2:]} & {*second.block_table}
 
 
 def test_no_prefix_is_shared_beyond_tenant_and_revision() -> None:
     subject = scheduler(tokens=256)
-    for tenant, revision in (("ann", None), ("bob", None), ("ann", "a"), ("ann", "b"), ("ann", "a")):
-        subject.add(entry := state(9, tenant, revision))
-        run_whole(subject, 1)
-        assert entry.cached == (8 if (tenant, revision) == ("ann", "a") and subject.prefix_hits else 0)
+    entries = [state(9, *key) for key in (("ann",), ("bob",), ("ann", "a"), ("ann", "b"), ("ann", "a"))]
+    for entry in entries:
+        subject.add(entry)
+        run_steps(subject, 1)
         subject.remove(entry)
-    assert subject.prefix_hits == 8
+    assert [entry.cached for entry in entries] == [0, 0, 0, 0, 8]
 
 
 def test_generated_tokens_are_a_prefix_too() -> None:
     subject = scheduler(tokens=64)
     subject.add(first := state(6))
-    run_whole(subject, 8)
+    run_steps(subject, 8)
     tokens = list(first.tokens)
     subject.remove(first)
     later = state(6)
@@ -228,7 +227,7 @@ def test_generated_tokens_are_a_prefix_too() -> None:
 def test_a_preempted_request_takes_its_own_blocks_back() -> None:
     subject = scheduler(tokens=64)
     subject.add(only := state(9))
-    run_whole(subject, 2)
+    run_steps(subject, 2)
     subject.preempt(only)
     plan = subject.schedule()
     assert lengths(plan) == [3]
@@ -248,12 +247,12 @@ def test_a_step_that_failed_leaves_nothing_to_share() -> None:
 def test_a_request_that_must_wait_holds_no_blocks() -> None:
     subject = scheduler(blocks=6, slots=2, tokens=64)
     subject.add(first := state(9, revision="a"))
-    run_whole(subject, 1)
+    run_steps(subject, 1)
     subject.remove(first)
     subject.add(holder := state(5, revision="b"))
-    run_whole(subject, 1)
+    run_steps(subject, 1)
     subject.add(waiting := state(9, revision="a"))
-    run_whole(subject, 1)
+    run_steps(subject, 1)
     assert (waiting.block_table, waiting.computed) == ([], 0)
     subject.remove(holder)
     subject.schedule()
