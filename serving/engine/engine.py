@@ -17,6 +17,7 @@ from pathlib import Path
 
 from serving.adapters.residency import Residency
 from serving.engine.codec import ModelCodec
+from serving.engine.compute import ComputeThread
 from serving.engine.core import EngineCore
 from serving.engine.model_runner import ModelRunner
 from serving.errors import (
@@ -113,7 +114,7 @@ class AsyncStream:
 
 
 class Engine:
-    """One base model and its thread. `start` it before submitting; `close` it when done.
+    """One base model and the thread that computes with it. `start` it before submitting; `close` it when done.
 
     Thread-safe, but for `start` and `close`. `submit` is for a running event loop, `stream` and `generate` for
     plain code.
@@ -126,13 +127,19 @@ class Engine:
         *,
         residency: Residency | None = None,
         observer: EngineObserver | None = None,
+        compute: ComputeThread | None = None,
     ) -> None:
         if settings.max_batched_tokens < settings.max_batch_size:
             raise StartupError(
                 f"max-batched-tokens is {settings.max_batched_tokens}: a step must have room for a token of each of "
                 f"the {settings.max_batch_size} requests of max-batch-size"
             )
-        runner = ModelRunner(base.model, settings)
+        self._compute = compute or ComputeThread("engine")
+        try:
+            runner = self._compute.call(lambda: ModelRunner(base.model, settings))
+        except BaseException:
+            self._compute.stop()
+            raise
         log.info(
             "cache: %d tokens, %d bytes; context: %d tokens; adapter slots: %d, up to %d bytes",
             runner.num_blocks * runner.block_size,
@@ -161,34 +168,39 @@ class Engine:
         self._open: dict[str, _Open] = {}
         self._load: Counter[str] = Counter()
         self._draining = False
+        self._started = False
         self._ended = False
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     @classmethod
     def from_settings(cls, settings: EngineSettings, observer: EngineObserver | None = None) -> Engine:
         """Load the base model and start the engine. Raises `StartupError` with the reason if it cannot run."""
+        compute = ComputeThread("engine")
         try:
-            base = load_base_model(
-                settings.model,
-                dtype=settings.dtype,
-                device=settings.device,
-                chat_template=settings.chat_template,
-                progress=log.info,
+            base = compute.call(
+                lambda: load_base_model(
+                    settings.model,
+                    dtype=settings.dtype,
+                    device=settings.device,
+                    chat_template=settings.chat_template,
+                    progress=log.info,
+                )
             )
         except VBLoRAError as error:
+            compute.stop()
             raise StartupError(str(error)) from error
-        engine = cls(base, settings, observer=observer)
+        engine = cls(base, settings, observer=observer, compute=compute)
         engine.start()
         return engine
 
     def start(self) -> None:
-        """Start the engine's thread."""
-        self._thread.start()
+        """Start taking requests."""
+        self._started = True
+        self._compute.post(self._loop)
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive() and not self._ended
+        """Whether the engine takes requests."""
+        return self._started and not self._ended
 
     def stats(self) -> EngineStats:
         """The gauges as of now; what is on its way to the engine counts as waiting."""
@@ -211,7 +223,7 @@ class Engine:
     def close(self, timeout: float = 10.0) -> None:
         """Stop the thread, after its present step; requests still there end with an error."""
         self._inbox.put(_Stop())
-        self._thread.join(timeout)
+        self._compute.stop(timeout)
 
     def submit(self, request: GenerationRequest) -> AsyncStream:
         """Queue a request on the running event loop.
