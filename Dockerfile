@@ -3,7 +3,8 @@
 # docs/operating.md shows how to build and run it; deploy/replay_image.py runs these steps without a container engine.
 ARG PYTHON=3.11
 
-FROM python:${PYTHON}-slim-bookworm AS build
+# not the slim one: it has the compiler that the CPU kernels are built with
+FROM python:${PYTHON}-bookworm AS build
 # TORCH_INDEX  an extra package index to take torch from, such as PyTorch's own for CPU-only builds
 # EXTRAS       optional dependencies; `demo` adds the demo's base model, 240 MB
 ARG TORCH_INDEX=
@@ -15,11 +16,12 @@ COPY constraints.txt ./
 # torch first: it is most of the image, and this layer stays when only the sources change
 RUN /opt/vblora/bin/pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
     --constraint constraints.txt torch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY vblora vblora
 COPY serving serving
-RUN /opt/vblora/bin/pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-    --constraint constraints.txt ".${EXTRAS:+[$EXTRAS]}"
+# without isolation: the kernels are built against the torch that is installed
+RUN /opt/vblora/bin/pip install --no-cache-dir --no-build-isolation \
+    ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --constraint constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 
 FROM python:${PYTHON}-slim-bookworm
 COPY --from=build /opt/vblora /opt/vblora

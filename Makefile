@@ -54,10 +54,11 @@ replay-image: $(INSTALLED)
 	$(BIN)/python -m deploy.replay_image
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info vblora/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard vblora/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS) \
 		-c constraints.txt -e '.[demo,train,dev]'
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

@@ -124,7 +124,9 @@ class Build:
         self.root = folder / "root"
         self._folder = folder
         self._context = context
-        self._sent = {line[1:] for line in (context / ".dockerignore").read_text().split() if line.startswith("!")}
+        lines = (context / ".dockerignore").read_text().split()
+        self._sent = {line[1:] for line in lines if line.startswith("!")}
+        self._ignored = [line.removeprefix("**/") for line in lines if line.startswith("**/")]
 
     def run(self, stages: Sequence[Stage]) -> None:
         for stage in stages:
@@ -168,7 +170,7 @@ class Build:
         for source in (source_root / name.lstrip("/") for name in sources):
             destination = Path(below(self.root, target)) if target.startswith("/") else directory / target
             if source.is_dir():
-                ignore = shutil.ignore_patterns("__pycache__")
+                ignore = shutil.ignore_patterns(*self._ignored if source_root is self._context else ())
                 shutil.copytree(source, destination, symlinks=True, ignore=ignore, dirs_exist_ok=True)
             else:
                 shutil.copy2(source, destination)

@@ -76,8 +76,8 @@ class ServerSettings(BaseSettings):
     adapter_slots: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Slots for composed adapters, the empty one included; by default max-batch-size + 1."
     )
-    adapter_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Type of composed adapters in their slots."
+    adapter_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of composed adapters in their slots; `auto` takes the base model's."
     )
     data_dir: Path = Field(
         default_factory=lambda: user_data_path("vblora-serve", appauthor=False),

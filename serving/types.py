@@ -236,8 +236,8 @@ class EngineSettings:
     """What the engine needs to start. Lengths are tokens, memory is bytes; None lets the engine choose.
 
     `model` is a hub id, a folder, a `.gguf` file or ``demo``; `dtype` is ``auto``, ``float32``, ``bfloat16`` or
-    ``float16``; `adapter_dtype` is that of the composed A and B; `adapter_slots` counts slot 0 and defaults to
-    `max_batch_size` + 1, so that a request never waits for a slot.
+    ``float16``; `adapter_dtype` is that of the composed A and B, ``auto`` the base model's; `adapter_slots` counts slot
+    0 and defaults to `max_batch_size` + 1, so that a request never waits for a slot.
     """
 
     model: str
@@ -254,4 +254,4 @@ class EngineSettings:
     kv_cache_bytes: int | None = None
     max_rank: int = 16
     adapter_slots: int | None = None
-    adapter_dtype: str = "float32"
+    adapter_dtype: str = "auto"

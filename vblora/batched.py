@@ -1,6 +1,7 @@
 """The fast path of a batch in which every row has its own adapter: slot tables and per-row deltas.
 
-Knows slots and rows, not names, tenants or requests. Slot 0 is zeros: "no adapter". The slow reference is `layer.py`.
+Knows slots and rows, not names, tenants or requests. Slot 0 is zeros: "no adapter". The slow reference is `layer.py`;
+where the compiled kernel does not run, torch's operations do the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vblora import kernels
 from vblora.compact import CompactAdapter, SlotLayout
 
 NO_ADAPTER = 0
@@ -66,9 +68,12 @@ class AdapterSlots:
             bucket: torch.zeros(num_slots, bucket * layout.width, dtype=dtype, device=device)
             for bucket in layout.buckets
         }
+        self._table = next(iter(self.tables.values()))
         self._views = {bucket: self._module_views(bucket) for bucket in layout.buckets}
+        self._known_places: dict[tuple[str, ...], dict[int, Tensor]] = {}
         self._bucket_of: dict[int, int] = {}
         self._parts: list[_Gathered | _Span] = []
+        self._row_slots: dict[int, Tensor] = {}  # the slot of each row in a bucket, 0 in all others
         self._num_rows = 0
 
     @property
@@ -106,7 +111,21 @@ class AdapterSlots:
 
     def set_rows(self, segments: Sequence[Segment]) -> None:
         """Say which slot each row of the next forward uses; the rows lie in the order of `segments`."""
-        device = next(iter(self.tables.values())).device
+        self._num_rows = sum(segment.length for segment in segments)
+        self._parts = self._split(segments)
+        slots = torch.tensor([segment.slot for segment in segments], dtype=torch.int32)
+        rows = slots.repeat_interleave(torch.tensor([segment.length for segment in segments]))
+        bucket_of = torch.zeros(self.num_slots, dtype=torch.int32)
+        for slot, bucket in self._bucket_of.items():
+            bucket_of[slot] = bucket
+        self._row_slots = {
+            bucket: torch.where(bucket_of[rows.long()] == bucket, rows, NO_ADAPTER)
+            for bucket in {part.bucket for part in self._parts}
+        }
+
+    def _split(self, segments: Sequence[Segment]) -> list[_Gathered | _Span]:
+        """The rows that have an adapter, as torch's operations take them."""
+        device = self._table.device
         single: dict[int, list[tuple[int, int]]] = defaultdict(list)
         parts: list[_Gathered | _Span] = []
         start = 0
@@ -120,28 +139,53 @@ class AdapterSlots:
         for bucket, pairs in single.items():
             rows, slots = torch.tensor(pairs, device=device).unbind(1)
             parts.append(_Gathered(bucket, rows, slots))
-        self._parts, self._num_rows = parts, start
+        return parts
 
-    def add_delta(self, module: str, x: Tensor, y: Tensor) -> Tensor:
-        """Add each row's `x Aᵀ Bᵀ` to `y` in place; x is (..., in) and y (..., out) with as many rows as were set.
+    def add_delta(self, modules: tuple[str, ...], x: Tensor, y: Tensor) -> Tensor:
+        """Add each row's `x Aᵀ Bᵀ` to `y` in place, for modules that take the same input: x is (..., in), and y
+        (..., Σ out) holds their outputs side by side; both have as many rows as were set.
 
-        Raises ValueError when the module sees other rows than the batch's (a layer that drops or repeats tokens).
+        Raises ValueError when the modules see other rows than the batch's (a layer that drops or repeats tokens).
         """
         if not self._parts:
             return y
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if flat_x.shape[0] != self._num_rows:
-            raise ValueError(f"{module} was called with {flat_x.shape[0]} rows in a batch of {self._num_rows}")
-        for part in self._parts:
-            a, b = self._views[part.bucket][module]
-            rows = flat_x[part.rows].to(a.dtype)
-            if isinstance(part, _Span):
-                flat_y[part.rows] += (rows @ a[part.slot].T @ b[part.slot]).to(y.dtype)
-            else:
-                low = torch.bmm(a[part.slots], rows.unsqueeze(-1)).transpose(1, 2)
-                delta = torch.bmm(low, b[part.slots]).squeeze(1)
-                flat_y.index_add_(0, part.rows, delta.to(y.dtype))
+            raise ValueError(f"{modules[0]} was called with {flat_x.shape[0]} rows in a batch of {self._num_rows}")
+        if self._compiled(flat_x, flat_y):
+            for bucket, slots in self._row_slots.items():
+                kernels.add_delta(flat_y, flat_x, self.tables[bucket], slots, self._places(modules)[bucket], bucket)
+        else:
+            sizes = [self.layout.modules[module].out_features for module in modules]
+            for module, columns in zip(modules, flat_y.split(sizes, dim=1), strict=True):
+                for part in self._parts:
+                    self._add_part(part, *self._views[part.bucket][module], flat_x, columns)
         return y
+
+    def _compiled(self, x: Tensor, y: Tensor) -> bool:
+        """Whether the kernel takes these: a table of the rows' dtype, or float32."""
+        if not kernels.usable(x, y, self._table):
+            return False
+        return x.dtype == y.dtype and self._table.dtype in (y.dtype, torch.float32)
+
+    def _places(self, modules: tuple[str, ...]) -> dict[int, Tensor]:
+        """For each bucket where the modules begin in a slot, and their numbers of outputs: (modules, 2)."""
+        if modules not in self._known_places:
+            self._known_places[modules] = {
+                bucket: torch.tensor([[starts[name], self.layout.modules[name].out_features] for name in modules])
+                for bucket in self.layout.buckets
+                for starts in [{name: start for name, _, start in self.layout.starts(bucket)}]
+            }
+        return self._known_places[modules]
+
+    def _add_part(self, part: _Gathered | _Span, a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> None:
+        rows = x[part.rows].to(a.dtype)
+        if isinstance(part, _Span):
+            y[part.rows] += (rows @ a[part.slot].T @ b[part.slot]).to(y.dtype)
+        else:
+            low = torch.bmm(a[part.slots], rows.unsqueeze(-1)).transpose(1, 2)
+            delta = torch.bmm(low, b[part.slots]).squeeze(1)
+            y.index_add_(0, part.rows, delta.to(y.dtype))
 
 
 class SlottedLinear(nn.Module):
@@ -155,7 +199,7 @@ class SlottedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        return self.slots.add_delta(self.name, x, y)
+        return self.slots.add_delta((self.name,), x, y)
 
 
 def attach_slots(model: nn.Module, slots: AdapterSlots) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from vblora import kernels
+
 IMPLEMENTATION = "vblora_paged"
 ATTRIBUTE = "vblora_paged_layer"
 
@@ -37,20 +39,35 @@ class _Gather(NamedTuple):
 
 @dataclass
 class AttentionStep:
-    """Where one step's tokens go in the cache, and what each may see. Spans of one token come first."""
+    """Where one step's tokens go in the cache, and what each may see. Spans of one token, decode rows, come first:
+    `lengths` (n,) and `tables` (n, blocks) of these are int32."""
 
     spans: Sequence[Span]
     block_size: int
     device: torch.device
     targets: Tensor = field(init=False)
     num_decoding: int = field(init=False)
+    lengths: Tensor = field(init=False)
+    tables: Tensor = field(init=False)
     _decode: dict[int | None, _Gather] = field(init=False, default_factory=dict)
+    _slots: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.num_decoding = sum(span.length == 1 for span in self.spans)
-        self._slots = [self._cache_positions(span) for span in self.spans]
-        parts = [slots[span.start :] for slots, span in zip(self._slots, self.spans, strict=True)]
-        self.targets = torch.cat(parts).to(self.device)
+        decoding = self.spans[: self.num_decoding]
+        ends = [span.block_table[span.start // self.block_size] * self.block_size + span.start % self.block_size
+                for span in decoding]  # fmt: skip
+        parts = [self._positions(index)[span.start :] for index, span in enumerate(self.spans) if span.length > 1]
+        self.targets = torch.cat([torch.tensor(ends, dtype=torch.long), *parts]).to(self.device)
+        self.lengths = torch.tensor([span.start + 1 for span in decoding], dtype=torch.int32)
+        longest = max((len(span.block_table) for span in decoding), default=0)
+        tables = [span.block_table + [0] * (longest - len(span.block_table)) for span in decoding]
+        self.tables = torch.tensor(tables, dtype=torch.int32)
+
+    def _positions(self, index: int) -> Tensor:
+        if index not in self._slots:
+            self._slots[index] = self._cache_positions(self.spans[index])
+        return self._slots[index]
 
     def _cache_positions(self, span: Span) -> Tensor:
         """Positions in the cache of the span's tokens, from the request's first to the span's last."""
@@ -61,7 +78,7 @@ class AttentionStep:
     def decoding(self, window: int | None) -> _Gather:
         """What the decode rows read, at most the last `window` positions each; padded on the right."""
         if window not in self._decode:
-            slots = [positions[-window:] if window else positions for positions in self._slots[: self.num_decoding]]
+            slots = [self._positions(index)[-(window or 0) :] for index in range(self.num_decoding)]
             lengths = torch.tensor([len(positions) for positions in slots])
             padded = nn.utils.rnn.pad_sequence(slots, batch_first=True)
             mask = torch.arange(padded.shape[1]) < lengths[:, None]
@@ -70,7 +87,7 @@ class AttentionStep:
 
     def prefilling(self, index: int, window: int | None) -> _Gather:
         """What the chunk `spans[index]` reads: positions (keys,) and a causal mask (queries, keys)."""
-        span, positions = self.spans[index], self._slots[index]
+        span, positions = self.spans[index], self._positions(index)
         first = max(0, span.start - window + 1) if window else 0
         queries = torch.arange(span.start, span.start + span.length)[:, None]
         keys = torch.arange(first, span.start + span.length)
@@ -97,10 +114,7 @@ class PagedLayer:
         queries = query[0].transpose(0, 1)
         outputs = []
         if step.num_decoding:
-            gather = step.decoding(options.window)
-            keys, values = self.keys[gather.positions], self.values[gather.positions]
-            rows = queries[: step.num_decoding, None]
-            outputs.append(grouped_attention(rows, keys, values, gather.mask[:, None], options)[:, 0])
+            outputs.append(self._attend_decoding(step, queries[: step.num_decoding], options))
         start = step.num_decoding
         for index in range(step.num_decoding, len(step.spans)):
             end = start + step.spans[index].length
@@ -110,6 +124,17 @@ class PagedLayer:
             outputs.append(attend(queries[None, start:end], keys, values, gather.mask[None], options)[0])
             start = end
         return torch.cat(outputs)[None]
+
+    def _attend_decoding(self, step: AttentionStep, queries: Tensor, options: AttentionOptions) -> Tensor:
+        """One query a row: (n, heads, size) → (n, heads, size of a value)."""
+        if kernels.usable(queries, self.keys) and queries.dtype == self.keys.dtype:
+            return kernels.decode_attention(
+                queries, self.keys, self.values, step.tables, step.lengths, block_size=step.block_size,
+                window=options.window, scaling=options.scaling, softcap=options.softcap, sinks=options.sinks,
+            )  # fmt: skip
+        gather = step.decoding(options.window)
+        keys, values = self.keys[gather.positions], self.values[gather.positions]
+        return grouped_attention(queries[:, None], keys, values, gather.mask[:, None], options)[:, 0]
 
 
 @dataclass(frozen=True)

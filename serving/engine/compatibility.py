@@ -107,15 +107,24 @@ def deviation(packed: Tensor, separate: Tensor) -> float:
 @dataclass
 class ForwardRecord:
     """What one forward of `num_rows` tokens called: attention layers with the (heads, size) of their keys and values,
-    and the linear layers that saw each token just once."""
+    and the linear layers, with their input and the number of rows of each call."""
 
     num_rows: int
     attention: dict[nn.Module, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
     linears: dict[str, list[int]] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def adaptable(self, name: str) -> bool:
         """Whether the linear's rows are the batch's rows, so that each can have its own adapter."""
         return self.linears.get(name) == [self.num_rows]
+
+    def sharing_input(self) -> list[list[str]]:
+        """The adaptable layers, those that took the very same tensor together."""
+        groups: dict[int, list[str]] = {}
+        for name, tensor in self.inputs.items():
+            if self.adaptable(name):
+                groups.setdefault(id(tensor), []).append(name)
+        return list(groups.values())
 
 
 class _Recorder:
@@ -153,6 +162,7 @@ def _recording(model: PreTrainedModel, record: ForwardRecord) -> Iterator[None]:
 def _row_counter(name: str, record: ForwardRecord) -> Callable[[nn.Module, Any, Tensor], None]:
     def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
         record.linears.setdefault(name, []).append(output.numel() // output.shape[-1])
+        record.inputs[name] = inputs[0]
 
     return count
 

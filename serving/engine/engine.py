@@ -40,6 +40,7 @@ from serving.types import (
     ModelCard,
     StepPhase,
 )
+from vblora import kernels
 from vblora.checkpoint import AdapterCheckpoint, content_hash, read_adapter
 from vblora.errors import VBLoRAError
 from vblora.integrations.base_models import BaseModel, load_base_model
@@ -141,12 +142,13 @@ class Engine:
             self._compute.stop()
             raise
         log.info(
-            "cache: %d tokens, %d bytes; context: %d tokens; adapter slots: %d, up to %d bytes",
+            "cache: %d tokens, %d bytes; context: %d tokens; adapter slots: %d, up to %d bytes; compiled kernels: %s",
             runner.num_blocks * runner.block_size,
             runner.num_blocks * runner.block_size * runner.bytes_per_token,
             runner.max_model_len,
             runner.slots.num_slots,
             runner.slots.nbytes,
+            "yes" if kernels.available else "not built",
         )
         self.settings = settings
         self.layout = runner.layout

@@ -21,10 +21,12 @@ from serving.engine.compatibility import (
     text_config,
     use_paged_attention,
 )
+from serving.engine.linears import lay_out
+from serving.engine.norms import fuse_norms
 from serving.engine.request import Fill, StepPlan
 from serving.errors import StartupError
 from serving.types import EngineSettings
-from vblora.batched import AdapterSlots, Segment, attach_slots
+from vblora.batched import AdapterSlots, Segment
 from vblora.compact import CompactAdapter, SlotLayout
 
 DEFAULT_CACHE_BYTES = 4 << 30
@@ -34,7 +36,7 @@ FREE_MEMORY_SHARE = 0.25
 class ModelRunner:
     """The base model with its paged cache and its adapter slots.
 
-    Takes over `model`: its attention is switched and its linear layers are wrapped. Raises `StartupError` for a
+    Takes over `model`: its attention is switched, its norms and linear layers are replaced. Raises `StartupError` for a
     model that would run wrong, or a cache that cannot hold one request of full length.
     """
 
@@ -49,10 +51,11 @@ class ModelRunner:
         self.slots = AdapterSlots(
             self.layout,
             settings.adapter_slots or settings.max_batch_size + 1,
-            dtype=getattr(torch, settings.adapter_dtype),
+            dtype=model.dtype if settings.adapter_dtype == "auto" else getattr(torch, settings.adapter_dtype),
             device=model.device,
         )
-        attach_slots(model, self.slots)
+        lay_out(model, record.sharing_input(), self.slots)
+        fuse_norms(model)
         shapes = list(record.attention.values())
         self.bytes_per_token = sum(key.numel() + value.numel() for key, value in shapes) * model.dtype.itemsize
         self.num_blocks, self.max_model_len = self._fit_cache(settings)

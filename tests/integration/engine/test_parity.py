@@ -1,8 +1,8 @@
 """Every request of a mixed batch gets the tokens of `generate` on the base with that one adapter merged.
 
-Float32, greedy. Before comparing, each test makes sure that it could fail: that attention, the adapter, the right
+Float32, greedy. Before comparing, the test makes sure that it could fail: that attention, the adapter, the right
 adapter and the window each matter to more than half of the tokens, that no choice was a near tie, and that requests
-were preempted on the way, or found their prompts in the cache.
+were preempted on the way, or found their prompts in the cache. The last test is about a step in bfloat16.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from serving.adapters.residency import Residency
+from serving.engine import linears
+from serving.engine.attention import Span
+from serving.engine.compatibility import deviation
 from serving.engine.core import EngineCore
 from serving.engine.engine import SilentObserver
 from serving.engine.model_runner import ModelRunner
 from serving.types import EngineSettings, EngineStats, GenerationRequest, SamplingParams
 from tests.support import FAMILIES, random_adapter, tiny_model, tiny_tokenizer
+from vblora import kernels
+from vblora.batched import Segment
 from vblora.checkpoint import AdapterCheckpoint, content_hash, write_adapter
 from vblora.model import VBLoRAModel
 
@@ -144,6 +149,7 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     return int(2 * config.num_hidden_layers * heads * size * 4)
 
 
+@pytest.mark.usefixtures("either_kernels")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batch_equals_generate_on_merged_models(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
@@ -182,3 +188,39 @@ def test_mixed_batch_equals_generate_on_merged_models(family: str, tmp_path: Pat
     assert stats.prefix_hits > 0.8 * sum(len(prompt) for _, prompt in again)
     assert tokens[: len(work)] == list(expected)
     assert [row[0] for row in tokens[len(work) :]] == [text[-1] for _, text in fitting]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_in_bfloat16_rounds_no_more_than_without_the_fast_paths(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits with packed weights, siblings in one product and kernels, and without them, beside those in float32: each
+    may be as far from float32 as rounding to bfloat16 brings it, and the fast ones at most a half farther."""
+    model = tiny_model(family)
+    adapters = adapters_for(model, family)
+
+    def logits(dtype: torch.dtype) -> torch.Tensor:
+        settings = EngineSettings(model="tiny", max_rank=8, kv_cache_bytes=1 << 21, block_size=BLOCK_SIZE)
+        runner = ModelRunner(copy.deepcopy(model).to(dtype), settings)
+        for slot, adapter in enumerate(adapters, start=1):
+            runner.slots.fill(slot, runner.layout.compact(adapter))
+        generator = torch.Generator().manual_seed(3)
+        prompts = torch.randint(3, 300, (6, 21), generator=generator).tolist()
+        tables = [[3 * row, 3 * row + 1, 3 * row + 2] for row in range(6)]
+        prefill = [Span(table, 0, 20) for table in tables]
+        flat = [token for prompt in prompts for token in prompt[:20]]
+        segments = [Segment(row, 20) for row in range(6)]
+        first = runner._forward(flat, prefill, segments, range(0, 120, 7))
+        decode = [Span(table, 20, 1) for table in tables]
+        last = [prompt[20] for prompt in prompts]
+        second = runner._forward(last, decode, [Segment(row, 1) for row in range(6)], range(6))
+        return torch.cat((first, second))
+
+    exact, fast = logits(torch.float32), logits(torch.bfloat16)
+    monkeypatch.setattr(kernels, "available", False)
+    monkeypatch.setattr(linears, "packable", lambda weight: False)
+    slow = logits(torch.bfloat16)
+    assert not torch.equal(fast, slow)
+    rounding = deviation(slow, exact)
+    assert rounding < 0.2, "so much rounding that the comparison shows nothing"
+    assert deviation(fast, exact) <= 1.5 * rounding

@@ -105,5 +105,5 @@ def test_the_image_copies_what_the_package_needs() -> None:
         for word in shlex.split(step.value)[:-1]
     }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    packages = {"vblora", "serving"}
-    assert copied == {"constraints.txt", "pyproject.toml", project["readme"], *project["license-files"], *packages}
+    build = {"constraints.txt", "pyproject.toml", "setup.py", "vblora", "serving"}
+    assert copied == {*build, project["readme"], *project["license-files"]}

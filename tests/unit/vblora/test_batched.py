@@ -66,6 +66,7 @@ def filled(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Adapte
     return slots, checkpoints
 
 
+@pytest.mark.usefixtures("either_kernels")
 @pytest.mark.parametrize("chunk", [1, 6])
 @pytest.mark.parametrize("rows", POPULARITY.values(), ids=POPULARITY)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
@@ -79,7 +80,7 @@ def test_each_row_gets_the_delta_of_its_own_slot(
     total = sum(segment.length for segment in segments)
     for name, module in (("up", model.up), ("down", model.down)):
         x = torch.randn(1, total, module.in_features, generator=torch.Generator().manual_seed(9))
-        got = slots.add_delta(name, x, torch.zeros(1, total, module.out_features))[0]
+        got = slots.add_delta((name,), x, torch.zeros(1, total, module.out_features))[0]
         start = 0
         for slot, length in segments:
             part = x[0, start : start + length]
@@ -148,7 +149,7 @@ def test_rows_that_are_not_the_batch_s_are_refused() -> None:
     slots, _ = filled(Base())
     slots.set_rows([Segment(1, 1), Segment(2, 1)])
     with pytest.raises(ValueError, match="up was called with 3 rows in a batch of 2"):
-        slots.add_delta("up", torch.randn(1, 3, INPUTS), torch.zeros(1, 3, MIDDLE))
+        slots.add_delta(("up",), torch.randn(1, 3, INPUTS), torch.zeros(1, 3, MIDDLE))
 
 
 def layout_with_output() -> SlotLayout:

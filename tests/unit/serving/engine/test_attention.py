@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.attention import AttentionOptions, AttentionStep, PagedLayer, Span
+from vblora import kernels
 
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 8, 4
 TABLES = ([7, 2, 9], [1, 8, 3], [4, 0, 5])
@@ -44,6 +45,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, start: int, options: Attent
     ],
     ids=["full", "window", "softcap", "window and softcap", "sinks"],
 )
+@pytest.mark.usefixtures("either_kernels")
 def test_paged_attention_equals_dense_attention(options: AttentionOptions) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = PagedLayer(10 * BLOCK, (KV_HEADS, SIZE), (KV_HEADS, SIZE))
@@ -64,3 +66,34 @@ def test_paged_attention_equals_dense_attention(options: AttentionOptions) -> No
     for index, (length, new) in enumerate(zip(LENGTHS, NEW, strict=True)):
         expected = dense(queries[index], keys[index], values[index], length - new, options)
         assert torch.allclose(got[index], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 1), (10, 2)], ids=str)
+def test_the_kernel_equals_the_batched_products(
+    heads: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of very different lengths, heads that do not come in fours, values of another size than keys, and so much
+    work that it is shared among threads."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, blocks, key_size, value_size = (1, 300, 17, 64), 19, 24, 40
+    layer = PagedLayer(4 * blocks * 16, (heads[1], key_size), (heads[1], value_size), dtype=dtype)
+    layer.keys.copy_(torch.randn(layer.keys.shape, generator=generator))
+    layer.values.copy_(torch.randn(layer.values.shape, generator=generator))
+    tables = torch.randperm(4 * blocks, generator=generator).view(4, blocks).tolist()
+    layer.step = AttentionStep(
+        [Span(table, length - 1, 1) for table, length in zip(tables, lengths, strict=True)], 16, torch.device("cpu")
+    )
+    new = [
+        torch.randn(1, number, 4, size, generator=generator).to(dtype)
+        for number, size in ((heads[0], key_size), (heads[1], key_size), (heads[1], value_size))
+    ]
+    options = AttentionOptions(0.2, window=50, softcap=3.0, sinks=torch.randn(heads[0], generator=generator))
+    for chosen in (options, AttentionOptions(0.2)):
+        monkeypatch.setattr(kernels, "available", True)
+        got = layer.attend(new[0], new[1], new[2], chosen)
+        monkeypatch.setattr(kernels, "available", False)
+        expected = layer.attend(new[0], new[1], new[2], chosen)
+        assert got.shape == expected.shape == (1, 4, heads[0], value_size)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert torch.allclose(got.float(), expected.float(), atol=tolerance, rtol=tolerance)

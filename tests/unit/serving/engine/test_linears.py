@@ -1,0 +1,101 @@
+"""Linear layers laid out for speed give what they gave before, with each row's adapter added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from serving.engine.linears import PackedLinear, SiblingLinear, lay_out, packable
+from tests.support import random_adapter
+from vblora.batched import AdapterSlots, Segment, SlottedLinear
+from vblora.compact import SlotLayout
+
+WIDTH = 32
+NAMES = ("q", "k", "v", "o")
+GROUPS = [["q", "k", "v"], ["o"]]
+
+
+class Layer(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k = nn.Linear(WIDTH, 64, bias), nn.Linear(WIDTH, 16, bias)
+        self.v, self.o = nn.Linear(WIDTH, 16, bias), nn.Linear(64, WIDTH, bias)
+        self.head = nn.Linear(WIDTH, 50, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        gate = (k * v).sum(-1, keepdim=True).tanh()
+        result: Tensor = self.head(self.o(q * gate) + x)
+        return result
+
+
+def slots_for(model: nn.Module) -> AdapterSlots:
+    layout = SlotLayout.from_model(model, max_rank=8, adaptable=NAMES.__contains__)
+    slots = AdapterSlots(layout, num_slots=3)
+    for slot, rank in ((1, 2), (2, 8)):
+        adapter = random_adapter(model, rank=rank, topk=2, targets=NAMES, seed=slot)
+        slots.fill(slot, layout.compact(adapter))
+    return slots
+
+
+def rows(slots: AdapterSlots, dtype: torch.dtype) -> Tensor:
+    slots.set_rows([Segment(1, 1), Segment(0, 1), Segment(2, 1), Segment(1, 4)])
+    return torch.randn(1, 7, WIDTH, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+@pytest.mark.usefixtures("either_kernels")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@torch.inference_mode()
+def test_a_layer_laid_out_gives_what_slotted_linears_give(bias: bool, dtype: torch.dtype, tolerance: float) -> None:
+    plain, fast = Layer(bias).to(dtype), Layer(bias).to(dtype)
+    slots = slots_for(plain)
+    for name in NAMES:
+        setattr(plain, name, SlottedLinear(getattr(plain, name), name, slots))
+    lay_out(fast, GROUPS, slots)
+    assert all(isinstance(getattr(fast, name), SiblingLinear) for name in NAMES)
+    assert isinstance(fast.head, PackedLinear) == packable(torch.zeros(1, dtype=dtype))
+    x = rows(slots, dtype)
+    expected, base = plain(x).float(), Layer(bias).to(dtype)(x).float()
+    scale = float(expected.abs().max())
+    assert float((expected - base).abs().max()) > 0.2 * scale, "the adapters hardly change anything: this shows nothing"
+    assert torch.allclose(fast(x).float(), expected, atol=tolerance * scale, rtol=0)
+
+
+@torch.inference_mode()
+def test_siblings_may_be_asked_in_any_order_and_for_other_inputs_in_between() -> None:
+    plain, fast = Layer(), Layer()
+    slots = slots_for(plain)
+    lay_out(fast, GROUPS, slots)
+    slots.set_rows([Segment(0, 2)])
+    one, two = torch.randn(1, 2, WIDTH), torch.randn(1, 2, WIDTH)
+    for name, x in (("v", one), ("q", one), ("q", two), ("k", one), ("k", one), ("v", two), ("q", two), ("k", two)):
+        assert torch.allclose(getattr(fast, name)(x), getattr(plain, name)(x), atol=1e-6), name
+
+
+@torch.inference_mode()
+def test_an_input_that_was_changed_after_all_had_it_is_computed_anew() -> None:
+    plain, fast = Layer(), Layer()
+    slots = slots_for(plain)
+    lay_out(fast, GROUPS, slots)
+    slots.set_rows([Segment(0, 2)])
+    x = torch.randn(1, 2, WIDTH)
+    for _ in range(2):
+        for name in GROUPS[0]:
+            assert torch.allclose(getattr(fast, name)(x), getattr(plain, name)(x), atol=1e-6)
+        x.mul_(2)
+
+
+@torch.inference_mode()
+def test_layers_that_differ_or_are_no_plain_linears_stay_on_their_own() -> None:
+    class Other(nn.Linear):
+        pass
+
+    model = Layer()
+    model.k, model.v = nn.Linear(WIDTH, 16, bias=False), Other(WIDTH, 16)
+    slots = slots_for(model)
+    lay_out(model, [["q", "k"], ["v"], ["o"]], slots)
+    assert all(isinstance(getattr(model, name), SlottedLinear) for name in ("q", "k", "v"))
+    assert isinstance(model.o, SiblingLinear)

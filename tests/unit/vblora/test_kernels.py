@@ -1,0 +1,139 @@
+"""The compiled kernels against the same maths in torch, and what they refuse. Attention is in test_attention.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from vblora import kernels
+
+SLOTS, RANK, INPUTS, OUTPUTS = 5, 8, 40, (24, 64, 8)
+
+
+def case(rows: int, dtype: torch.dtype, table_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Three modules in a slot, in another order than their outputs and with gaps between them; y is a slice."""
+    generator = torch.Generator().manual_seed(rows)
+    starts, start = [0, 0, 0], 3
+    for module in (2, 0, 1):
+        starts[module] = start
+        start += RANK * (INPUTS + OUTPUTS[module]) + 5
+    table = torch.randn(SLOTS, start, generator=generator).to(table_dtype)
+    wide = torch.randn(rows, sum(OUTPUTS) + 7, generator=generator).to(dtype)
+    return {
+        "y": wide[:, : sum(OUTPUTS)],
+        "x": torch.randn(rows, INPUTS, generator=generator).to(dtype),
+        "table": table,
+        "slots": torch.arange(rows, dtype=torch.int32) % SLOTS,
+        "modules": torch.tensor(list(zip(starts, OUTPUTS, strict=True))),
+    }
+
+
+def expected(y: Tensor, x: Tensor, table: Tensor, slots: Tensor, modules: Tensor) -> Tensor:
+    result, column = y.double(), 0
+    for start, outputs in modules.tolist():
+        middle, end = start + RANK * INPUTS, start + RANK * (INPUTS + outputs)
+        a = table[:, start:middle].double().view(SLOTS, RANK, INPUTS)
+        b = table[:, middle:end].double().view(SLOTS, RANK, outputs)
+        for row, slot in enumerate(slots.tolist()):
+            if slot:
+                result[row, column : column + outputs] += x[row].double() @ a[slot].T @ b[slot]
+        column += outputs
+    return result
+
+
+@pytest.mark.parametrize("rows", [1, 6, 700])
+@pytest.mark.parametrize(
+    ("dtype", "table_dtype", "tolerance"),
+    [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 1e-2),
+        (torch.bfloat16, torch.bfloat16, 1e-2),
+    ],
+)
+def test_deltas_of_modules_that_share_their_input(
+    rows: int, dtype: torch.dtype, table_dtype: torch.dtype, tolerance: float
+) -> None:
+    given = case(rows, dtype, table_dtype)
+    wanted, beside = expected(**given), given["y"]._base[:, sum(OUTPUTS) :].clone()
+    kernels.add_delta(**given, rank=RANK)
+    assert torch.allclose(given["y"].double(), wanted, atol=tolerance * float(wanted.abs().max()), rtol=0)
+    assert torch.equal(given["y"]._base[:, sum(OUTPUTS) :], beside)
+
+
+def test_a_row_in_slot_zero_stays_as_it_is() -> None:
+    given = case(3, torch.bfloat16, torch.float32)
+    given["slots"].zero_()
+    before = given["y"].clone()
+    kernels.add_delta(**given, rank=RANK)
+    assert torch.equal(given["y"], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("slots", torch.tensor([0, 5, 1], dtype=torch.int32), "no such slot"),
+        ("slots", torch.tensor([0, -1, 1], dtype=torch.int32), "no such slot"),
+        ("slots", torch.tensor([0, 1, 1]), "slots must be int32"),
+        ("slots", torch.tensor([0, 1], dtype=torch.int32), "as many rows"),
+        ("modules", torch.tensor([[2000, 96]]), "no such module"),
+        ("modules", torch.tensor([[0, 24]]), "as many outputs"),
+        ("modules", torch.tensor([[-8, 96]]), "no such module"),
+        ("x", torch.zeros(3, INPUTS, dtype=torch.float64), "x must be float32 or bfloat16"),
+        ("table", torch.zeros(SLOTS, 9), "no such module"),
+    ],
+)
+def test_what_would_read_outside_of_a_tensor_is_refused(name: str, value: Tensor, message: str) -> None:
+    given = case(3, torch.float32, torch.float32) | {name: value}
+    with pytest.raises(RuntimeError, match=message):
+        kernels.add_delta(**given, rank=RANK)
+
+
+def test_attention_refuses_blocks_outside_of_the_cache() -> None:
+    cache = torch.zeros(32, 1, 8)
+    for table, length, message in (([2], 16, "no such block"), ([-1], 3, "no such block"), ([0], 17, "fit its blocks")):
+        with pytest.raises(RuntimeError, match=message):
+            kernels.decode_attention(
+                torch.zeros(1, 2, 8), cache, cache, torch.tensor([table], dtype=torch.int32),
+                torch.tensor([length], dtype=torch.int32), block_size=16, window=None, scaling=1.0, softcap=None,
+                sinks=None,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(48,), (7, 48), (1, 3, 5, 48), (1, 3, 600, 48)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    """Also of a tensor whose dimensions were swapped, as the heads' norms get it."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.randn(48, generator=torch.Generator().manual_seed(1))
+    for given in (x, x.transpose(1, 2)) if len(shape) == 4 else (x,):
+        wide = given.double()
+        wanted = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+        got = kernels.rms_norm(given, weight, 1e-5)
+        assert got.dtype == dtype and got.shape == given.shape
+        assert torch.allclose(got.double(), wanted, atol=tolerance * float(wanted.abs().max()), rtol=0)
+
+
+def test_nothing_that_is_not_a_number_is_hidden() -> None:
+    x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]], dtype=torch.bfloat16)
+    assert kernels.rms_norm(x, torch.ones(2), 1e-6).isnan().any(dim=1).all()
+
+
+def test_dtypes_and_devices_that_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.usable(torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16))
+    assert not kernels.usable(torch.zeros(1), torch.zeros(1, dtype=torch.float16))
+    assert not kernels.usable(torch.zeros(1, device="meta"))
+    monkeypatch.setattr(kernels, "available", False)
+    assert not kernels.usable(torch.zeros(1))
+
+
+def test_the_package_works_where_they_were_not_built() -> None:
+    """As after an installation without a compiler: the module is not there."""
+    code = (
+        "import sys; sys.modules['vblora._kernels'] = None\n"
+        "import vblora, vblora.kernels; assert vblora.kernels.available is False"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,437 @@
+// CPU kernels of the server's step: adapter deltas, attention of one new token over a paged cache, RMS norms.
+//
+// Each does in one call what torch does in five to fifteen, of which every one costs microseconds. They know tensors,
+// not adapters or requests. The slow references are in vblora/batched.py, serving/engine/attention.py and transformers.
+//
+// Sums are in float32. A function marked CLONES is compiled for several kinds of processor, and the loader picks the
+// best one that this machine has; what it calls must be inlined into it to be compiled so too.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <Python.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+using Bits16 = uint16_t;  // a bfloat16, as the upper half of a float
+
+INLINE float widen(float value) { return value; }
+
+INLINE float widen(Bits16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+INLINE void narrow(float value, float& target) { target = value; }
+
+// To the nearest, halves to even; NaN stays NaN.
+INLINE void narrow(float value, Bits16& target) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  target = static_cast<Bits16>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+// A matrix whose rows lie `stride` elements apart, each row without gaps.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// ---- y[i] += (x[i] Aᵀ) B of slot i, for some modules that share x, each with columns of y of its own.
+// A slot is a row of the table; in it lie a module's A (R, in), and right behind it its B (R, out). Slot 0 is none.
+
+constexpr int64_t RANKS = 4;  // of A and B that are read in one pass
+
+template <typename T, typename W>
+struct Delta {
+  Rows<T> y;
+  Rows<const T> x;
+  Rows<const W> table;
+  const int32_t* slots;
+  const int64_t* modules;  // where in a slot each begins, and how many outputs it has
+  int64_t number, inputs, ranks;
+};
+
+template <typename T, typename W>
+INLINE void delta_module(const T* x, T* y, const W* a, const W* b, int64_t inputs, int64_t outputs) {
+  const W *a0 = a, *a1 = a0 + inputs, *a2 = a1 + inputs, *a3 = a2 + inputs;
+  float low0 = 0, low1 = 0, low2 = 0, low3 = 0;
+#pragma omp simd reduction(+ : low0, low1, low2, low3)
+  for (int64_t i = 0; i < inputs; ++i) {
+    const float value = widen(x[i]);
+    low0 += value * widen(a0[i]);
+    low1 += value * widen(a1[i]);
+    low2 += value * widen(a2[i]);
+    low3 += value * widen(a3[i]);
+  }
+  const W *b0 = b, *b1 = b0 + outputs, *b2 = b1 + outputs, *b3 = b2 + outputs;
+#pragma omp simd
+  for (int64_t o = 0; o < outputs; ++o) {
+    const float delta = low0 * widen(b0[o]) + low1 * widen(b1[o]) + low2 * widen(b2[o]) + low3 * widen(b3[o]);
+    narrow(widen(y[o]) + delta, y[o]);
+  }
+}
+
+// Slots lie far apart, each read in short pieces: too short for the processor to see ahead by itself.
+template <typename W>
+INLINE void prefetch(const W* begin, int64_t number) {
+  constexpr int64_t LINE = 64;
+  const char *address = reinterpret_cast<const char*>(begin), *end = reinterpret_cast<const char*>(begin + number);
+  for (; address < end; address += LINE) __builtin_prefetch(address, 0, 2);
+}
+
+template <typename T, typename W>
+INLINE void delta_rows(const Delta<T, W>& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (job.slots[row] == 0) continue;
+    const bool ahead = row + 1 < end && job.slots[row + 1] != job.slots[row];
+    T* y = job.y[row];
+    for (int64_t module = 0; module < job.number; ++module) {
+      const int64_t outputs = job.modules[2 * module + 1];
+      const W *a = job.table[job.slots[row]] + job.modules[2 * module], *b = a + job.ranks * job.inputs;
+      if (ahead)
+        prefetch(job.table[job.slots[row + 1]] + job.modules[2 * module], job.ranks * (job.inputs + outputs));
+      for (int64_t first = 0; first < job.ranks; first += RANKS)
+        delta_module(job.x[row], y, a + first * job.inputs, b + first * outputs, job.inputs, outputs);
+      y += outputs;
+    }
+  }
+}
+
+CLONES void delta_rows_ff(const Delta<float, float>& job, int64_t begin, int64_t end) { delta_rows(job, begin, end); }
+CLONES void delta_rows_bf(const Delta<Bits16, float>& job, int64_t begin, int64_t end) { delta_rows(job, begin, end); }
+CLONES void delta_rows_bb(const Delta<Bits16, Bits16>& job, int64_t begin, int64_t end) { delta_rows(job, begin, end); }
+
+void run(const Delta<float, float>& job, int64_t begin, int64_t end) { delta_rows_ff(job, begin, end); }
+void run(const Delta<Bits16, float>& job, int64_t begin, int64_t end) { delta_rows_bf(job, begin, end); }
+void run(const Delta<Bits16, Bits16>& job, int64_t begin, int64_t end) { delta_rows_bb(job, begin, end); }
+
+// ---- Attention of one query a row over the blocks of a paged cache.
+
+constexpr int64_t HEADS = 4;  // query heads of one key head that are looked at in one pass
+
+template <typename T>
+struct Decode {
+  T* output;       // (rows, heads, value size), without gaps
+  const T* query;  // (rows, heads, key size), without gaps
+  Rows<const T> keys, values;  // a row a position: (key heads, size)
+  const int32_t* tables;       // (rows, blocks)
+  const int32_t* lengths;      // positions of each row that are filled
+  const float* sinks;          // (heads,), or null
+  int64_t heads, key_heads, key_size, value_size, blocks, block_size, window;
+  float scaling, softcap;  // softcap 0: none
+};
+
+template <typename T>
+INLINE void decode_pass(const Decode<T>& job, int64_t row, int64_t key_head, int64_t head, std::vector<float>& scratch) {
+  const int64_t length = job.lengths[row], first = job.window ? std::max<int64_t>(0, length - job.window) : 0;
+  const int64_t number = length - first, group = job.heads / job.key_heads;
+  const int64_t width = std::min(HEADS, (key_head + 1) * group - head);
+  const int32_t* table = job.tables + row * job.blocks;
+  scratch.resize(HEADS * (job.key_size + job.value_size + number));
+  float *query = scratch.data(), *sums = query + HEADS * job.key_size, *scores = sums + HEADS * job.value_size;
+  for (int64_t i = 0; i < width * job.key_size; ++i)
+    query[i] = widen(job.query[(row * job.heads + head) * job.key_size + i]) * job.scaling;
+  std::fill(query + width * job.key_size, query + HEADS * job.key_size, 0.0f);
+  const float *q0 = query, *q1 = q0 + job.key_size, *q2 = q1 + job.key_size, *q3 = q2 + job.key_size;
+  for (int64_t j = 0; j < number; ++j) {
+    const int64_t at = first + j, position = table[at / job.block_size] * job.block_size + at % job.block_size;
+    const T* key = job.keys[position] + key_head * job.key_size;
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < job.key_size; ++i) {
+      const float value = widen(key[i]);
+      s0 += value * q0[i];
+      s1 += value * q1[i];
+      s2 += value * q2[i];
+      s3 += value * q3[i];
+    }
+    float* score = scores + HEADS * j;
+    score[0] = s0, score[1] = s1, score[2] = s2, score[3] = s3;
+  }
+  for (int64_t h = 0; h < width; ++h) {
+    if (job.softcap > 0)
+      for (int64_t j = 0; j < number; ++j)
+        scores[HEADS * j + h] = std::tanh(scores[HEADS * j + h] / job.softcap) * job.softcap;
+    float highest = job.sinks ? job.sinks[head + h] : -INFINITY;
+    for (int64_t j = 0; j < number; ++j) highest = std::max(highest, scores[HEADS * j + h]);
+    float total = job.sinks ? std::exp(job.sinks[head + h] - highest) : 0.0f;
+    for (int64_t j = 0; j < number; ++j) total += scores[HEADS * j + h] = std::exp(scores[HEADS * j + h] - highest);
+    for (int64_t j = 0; j < number; ++j) scores[HEADS * j + h] /= total;
+  }
+  std::fill(sums, sums + HEADS * job.value_size, 0.0f);
+  float *o0 = sums, *o1 = o0 + job.value_size, *o2 = o1 + job.value_size, *o3 = o2 + job.value_size;
+  for (int64_t j = 0; j < number; ++j) {
+    const int64_t at = first + j, position = table[at / job.block_size] * job.block_size + at % job.block_size;
+    const T* value = job.values[position] + key_head * job.value_size;
+    const float* weight = scores + HEADS * j;
+    const float w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
+#pragma omp simd
+    for (int64_t i = 0; i < job.value_size; ++i) {
+      const float element = widen(value[i]);
+      o0[i] += w0 * element;
+      o1[i] += w1 * element;
+      o2[i] += w2 * element;
+      o3[i] += w3 * element;
+    }
+  }
+  T* output = job.output + (row * job.heads + head) * job.value_size;
+  for (int64_t i = 0; i < width * job.value_size; ++i) narrow(sums[i], output[i]);
+}
+
+// Items are (row, key head) pairs, in that order.
+template <typename T>
+INLINE void decode_items(const Decode<T>& job, int64_t begin, int64_t end) {
+  std::vector<float> scratch;
+  const int64_t group = job.heads / job.key_heads;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item / job.key_heads, key_head = item % job.key_heads;
+    for (int64_t head = key_head * group; head < (key_head + 1) * group; head += HEADS)
+      decode_pass(job, row, key_head, head, scratch);
+  }
+}
+
+CLONES void decode_items_f(const Decode<float>& job, int64_t begin, int64_t end) { decode_items(job, begin, end); }
+CLONES void decode_items_b(const Decode<Bits16>& job, int64_t begin, int64_t end) { decode_items(job, begin, end); }
+
+void run(const Decode<float>& job, int64_t begin, int64_t end) { decode_items_f(job, begin, end); }
+void run(const Decode<Bits16>& job, int64_t begin, int64_t end) { decode_items_b(job, begin, end); }
+
+// ---- x / sqrt(mean(x²) + eps) · weight over the last dimension.
+
+template <typename T>
+struct Norm {
+  T* output;  // without gaps
+  const T* x;
+  const float* weight;
+  int64_t sizes[3], strides[3], width;  // of the dimensions before the last
+  float epsilon;
+};
+
+template <typename T>
+INLINE void norm_rows(const Norm<T>& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t last = row % job.sizes[2], rest = row / job.sizes[2];
+    const T* x = job.x + last * job.strides[2] + rest % job.sizes[1] * job.strides[1] + rest / job.sizes[1] * job.strides[0];
+    T* output = job.output + row * job.width;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < job.width; ++i) squares += widen(x[i]) * widen(x[i]);
+    const float factor = 1.0f / std::sqrt(squares / static_cast<float>(job.width) + job.epsilon);
+#pragma omp simd
+    for (int64_t i = 0; i < job.width; ++i) narrow(widen(x[i]) * factor * job.weight[i], output[i]);
+  }
+}
+
+CLONES void norm_rows_f(const Norm<float>& job, int64_t begin, int64_t end) { norm_rows(job, begin, end); }
+CLONES void norm_rows_b(const Norm<Bits16>& job, int64_t begin, int64_t end) { norm_rows(job, begin, end); }
+
+void run(const Norm<float>& job, int64_t begin, int64_t end) { norm_rows_f(job, begin, end); }
+void run(const Norm<Bits16>& job, int64_t begin, int64_t end) { norm_rows_b(job, begin, end); }
+
+// ---- From tensors to the above.
+
+// Runs all items, shared among torch's threads where the work is worth it.
+//
+// Not `at::parallel_for`: a library's copy of it sets the thread's number of cores anew, from the process's, at its
+// first use. As there, idle threads join and do nothing: GNU's OpenMP ends threads that a smaller team leaves out.
+template <typename Job>
+void parallel(const Job& job, int64_t items, int64_t operations_each) {
+  constexpr int64_t WORTH_A_THREAD = 1 << 15;
+  const int64_t wanted = std::min(items, items * operations_each / WORTH_A_THREAD);
+#ifdef _OPENMP
+  if (wanted > 1 && omp_get_max_threads() > 1 && !omp_in_parallel()) {
+#pragma omp parallel
+    {
+      const int64_t number = std::min<int64_t>(wanted, omp_get_num_threads()), thread = omp_get_thread_num();
+      if (thread < number) run(job, items * thread / number, items * (thread + 1) / number);
+    }
+    return;
+  }
+#endif
+  run(job, 0, items);
+}
+
+template <typename T>
+const T* pointer(const at::Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* target(const at::Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+bool is_bfloat16(const at::Tensor& tensor) { return tensor.scalar_type() == at::kBFloat16; }
+
+void check_type(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  TORCH_CHECK(is_bfloat16(tensor) || tensor.scalar_type() == at::kFloat, name, " must be float32 or bfloat16");
+  TORCH_CHECK(tensor.dim() > 0 && tensor.stride(-1) == 1, name, "'s last dimension must lie without gaps");
+}
+
+void check_indices(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == at::kInt, name, " must be int32");
+}
+
+template <typename T, typename W>
+void add_delta_of(const at::Tensor& y, const at::Tensor& x, const at::Tensor& table, const at::Tensor& slots,
+                  const at::Tensor& modules, int64_t rank) {
+  const Delta<T, W> job{{target<T>(y), y.stride(0)}, {pointer<T>(x), x.stride(0)}, {pointer<W>(table), table.stride(0)},
+                        pointer<int32_t>(slots), pointer<int64_t>(modules), modules.size(0), x.size(1), rank};
+  parallel(job, y.size(0), rank * (job.number * job.inputs + y.size(1)));
+}
+
+void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, const at::Tensor& slots,
+                const at::Tensor& modules, int64_t rank) {
+  check_type(y, "y"), check_type(x, "x"), check_type(table, "table"), check_indices(slots, "slots");
+  TORCH_CHECK(modules.is_cpu() && modules.is_contiguous() && modules.scalar_type() == at::kLong, "modules must be int64");
+  TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && table.dim() == 2 && slots.dim() == 1 && modules.dim() == 2, "shapes");
+  TORCH_CHECK(x.size(0) == y.size(0) && slots.size(0) == y.size(0), "x, y and slots must have as many rows");
+  TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have one dtype");
+  TORCH_CHECK(rank > 0 && rank % RANKS == 0, "the rank must be a multiple of 4");
+  const int64_t* module = pointer<int64_t>(modules);
+  int64_t outputs = 0;
+  for (int64_t i = 0; i < modules.size(0); ++i) {
+    const int64_t start = module[2 * i], width = module[2 * i + 1];
+    TORCH_CHECK(start >= 0 && width > 0 && start + rank * (x.size(1) + width) <= table.size(1), "no such module");
+    outputs += width;
+  }
+  TORCH_CHECK(modules.size(1) == 2 && outputs == y.size(1), "the modules must have as many outputs as y");
+  const int32_t* slot = pointer<int32_t>(slots);
+  for (int64_t row = 0; row < y.size(0); ++row)
+    TORCH_CHECK(slot[row] >= 0 && slot[row] < table.size(0), "no such slot");
+  if (!is_bfloat16(y)) {
+    TORCH_CHECK(!is_bfloat16(table), "float32 rows need a float32 table");
+    add_delta_of<float, float>(y, x, table, slots, modules, rank);
+  } else if (is_bfloat16(table)) {
+    add_delta_of<Bits16, Bits16>(y, x, table, slots, modules, rank);
+  } else {
+    add_delta_of<Bits16, float>(y, x, table, slots, modules, rank);
+  }
+}
+
+struct DecodeOptions {
+  int64_t block_size, window;
+  double scaling, softcap;
+};
+
+template <typename T>
+void decode_of(at::Tensor& output, const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+               const at::Tensor& tables, const at::Tensor& lengths, const float* sinks, const DecodeOptions& options) {
+  const Decode<T> job{
+      target<T>(output), pointer<T>(query), {pointer<T>(keys), keys.stride(0)}, {pointer<T>(values), values.stride(0)},
+      pointer<int32_t>(tables), pointer<int32_t>(lengths), sinks, query.size(1), keys.size(1), keys.size(2),
+      values.size(2), tables.size(1), options.block_size, options.window, static_cast<float>(options.scaling),
+      static_cast<float>(options.softcap)};
+  const int32_t* length = pointer<int32_t>(lengths);
+  int64_t total = 0;
+  for (int64_t row = 0; row < query.size(0); ++row)
+    total += options.window ? std::min<int64_t>(length[row], options.window) : length[row];
+  const int64_t each = total / query.size(0) * (job.heads / job.key_heads) * (job.key_size + job.value_size);
+  parallel(job, query.size(0) * job.key_heads, each);
+}
+
+at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                            const at::Tensor& tables, const at::Tensor& lengths, int64_t block_size, int64_t window,
+                            double scaling, double softcap, const std::optional<at::Tensor>& sinks) {
+  check_type(query, "query"), check_type(keys, "keys"), check_type(values, "values");
+  check_indices(tables, "tables"), check_indices(lengths, "lengths");
+  TORCH_CHECK(query.dim() == 3 && keys.dim() == 3 && values.dim() == 3 && tables.dim() == 2 && lengths.dim() == 1, "shapes");
+  TORCH_CHECK(keys.is_contiguous() && values.is_contiguous(), "keys and values must lie without gaps");
+  TORCH_CHECK(query.size(2) == keys.size(2) && keys.size(1) == values.size(1) && keys.size(0) == values.size(0), "sizes");
+  TORCH_CHECK(query.size(1) % keys.size(1) == 0, "query heads must be a multiple of the key heads");
+  TORCH_CHECK(tables.size(0) == query.size(0) && lengths.size(0) == query.size(0), "tables and lengths need a row each");
+  TORCH_CHECK(query.scalar_type() == keys.scalar_type() && keys.scalar_type() == values.scalar_type(), "dtypes");
+  TORCH_CHECK(query.size(0) > 0 && block_size > 0 && window >= 0, "rows, block_size and window");
+  const int32_t *table = pointer<int32_t>(tables), *length = pointer<int32_t>(lengths);
+  for (int64_t row = 0; row < query.size(0); ++row) {
+    const int64_t used = (length[row] + block_size - 1) / block_size;
+    TORCH_CHECK(length[row] > 0 && used <= tables.size(1), "a row's length must fit its blocks");
+    for (int64_t i = 0; i < used; ++i) {
+      const int64_t block = table[row * tables.size(1) + i];
+      TORCH_CHECK(block >= 0 && (block + 1) * block_size <= keys.size(0), "no such block");
+    }
+  }
+  const at::Tensor rows = query.contiguous();
+  at::Tensor sink;
+  if (sinks) {
+    sink = sinks->to(at::kFloat).contiguous();
+    TORCH_CHECK(sink.numel() == query.size(1), "a sink for every head");
+  }
+  at::Tensor output = at::empty({query.size(0), query.size(1), values.size(2)}, query.options());
+  const float* sink_data = sinks ? pointer<float>(sink) : nullptr;
+  const DecodeOptions options{block_size, window, scaling, softcap};
+  if (is_bfloat16(query))
+    decode_of<Bits16>(output, rows, keys, values, tables, lengths, sink_data, options);
+  else
+    decode_of<float>(output, rows, keys, values, tables, lengths, sink_data, options);
+  return output;
+}
+
+template <typename T>
+void rms_norm_of(at::Tensor& output, const at::Tensor& x, const at::Tensor& weight, double epsilon) {
+  Norm<T> job{target<T>(output), pointer<T>(x), pointer<float>(weight), {1, 1, 1}, {0, 0, 0}, x.size(-1),
+              static_cast<float>(epsilon)};
+  const int64_t before = x.dim() - 1;
+  for (int64_t i = 0; i < before; ++i) {
+    job.sizes[3 - before + i] = x.size(i);
+    job.strides[3 - before + i] = x.stride(i);
+  }
+  parallel(job, job.sizes[0] * job.sizes[1] * job.sizes[2], 2 * job.width);
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon) {
+  check_type(x, "x"), check_type(weight, "weight");
+  TORCH_CHECK(x.dim() <= 4, "x has more than four dimensions");
+  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.size(-1) && !is_bfloat16(weight), "weight must be float32 (width,)");
+  at::Tensor output = at::empty(x.sizes(), x.options());
+  if (is_bfloat16(x))
+    rms_norm_of<Bits16>(output, x, weight, epsilon);
+  else
+    rms_norm_of<float>(output, x, weight, epsilon);
+  return output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(vblora, library) {
+  library.def("add_delta_(Tensor(a!) y, Tensor x, Tensor table, Tensor slots, Tensor modules, int rank) -> ()");
+  library.def(
+      "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor lengths, int block_size, "
+      "int window, float scaling, float softcap, Tensor? sinks) -> Tensor");
+  library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(vblora, CPU, library) {
+  library.impl("add_delta_", &add_delta_);
+  library.impl("decode_attention", &decode_attention);
+  library.impl("rms_norm", &rms_norm);
+}
+
+// Importing the module loads the library, which registers the operations; there is nothing in it.
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__kernels() { return PyModule_Create(&module); }
