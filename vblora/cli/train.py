@@ -46,6 +46,7 @@ def train(
     chat_template: ChatTemplate = None,
     bank: Annotated[Path | None, flag("Start from the bank in this file or adapter folder.", TRAINING)] = None,
     freeze_bank: Annotated[bool, flag("Never train the bank: logits only.", TRAINING)] = False,
+    start: Annotated[Path | None, flag("Go on from the adapter in this folder.", TRAINING)] = None,
     resume: Resume = False,
     *,
     config: VBLoRAConfig,
@@ -57,7 +58,7 @@ def train(
     """
     rows = read_rows(data)
     eval_rows = read_rows(eval_data) if eval_data else None
-    start = VectorBank.load(bank) if bank else None
+    first_bank = VectorBank.load(bank) if bank else None
     base = _load(model, dtype, device, chat_template)
 
     from vblora.training import train as run  # transformers: slow to import, not for --help
@@ -65,7 +66,7 @@ def train(
     with _progress() as show:
         report = run(
             base, config, rows, out, options,
-            eval_rows=eval_rows, bank=start, freeze_bank=freeze_bank, resume=resume, on_step=show,
+            eval_rows=eval_rows, bank=first_bank, freeze_bank=freeze_bank, start=start, resume=resume, on_step=show,
         )  # fmt: skip
     table = _summary()
     table.add_row("steps", f"{report.steps} over {report.rows} rows")

@@ -115,6 +115,9 @@ def test_train_bank_then_a_new_customer(
     frozen = ["--bank", out / "bank.safetensors", "--freeze-bank"]
     assert run(monkeypatch, "train", "--data", data, "--out", tmp_path / "new", *small, *frozen) == 0
     assert bank_hash(read_adapter(tmp_path / "new").bank) == bank_hash(read_adapter(out / "bob").bank)
+    on = ["--start", out / "bob", "--freeze-bank"]
+    assert run(monkeypatch, "train", "--data", second, "--out", tmp_path / "on", *small, *on) == 0
+    assert bank_hash(read_adapter(tmp_path / "on").bank) == bank_hash(read_adapter(out / "bob").bank)
     capsys.readouterr()
     assert run(monkeypatch, "train-bank", "--data", data, "--data", data, "--out", out, *small) == 1
     assert "a second file of customer 'rows'" in capsys.readouterr().err

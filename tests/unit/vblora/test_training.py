@@ -292,6 +292,32 @@ def test_a_frozen_bank_is_written_as_it_was(tmp_path: Path) -> None:
         train(base(), config(), ROWS, tmp_path, options(), freeze_bank=True)
 
 
+def test_training_goes_on_from_an_adapter(tmp_path: Path) -> None:
+    first = train(base(), config(), ROWS, tmp_path / "first", options())
+    small = config(save_only_topk_weights=True)
+    more = train(base(), small, ROWS, tmp_path / "more", options(), start=tmp_path / "first", freeze_bank=True)
+    assert first.held_out_before != first.held_out_after == more.held_out_before != more.held_out_after
+    assert VectorBank.load(tmp_path / "more").hash == VectorBank.load(tmp_path / "first").hash
+    assert not read_adapter(tmp_path / "more").trainable
+    given = json.loads((tmp_path / "more" / "training.json").read_text())["options"]
+    assert given["start"] == content_hash(read_adapter(tmp_path / "first"))
+
+
+def test_an_adapter_that_cannot_be_gone_on_with(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    train(base(), config(), ROWS, start, options(max_steps=1))
+    with pytest.raises(ConfigError, match="r is 2, but 4 in the adapter to start from"):
+        train(base(), config(r=2), ROWS, tmp_path / "out", options(), start=start)
+    with pytest.raises(ConfigError, match="has other targets"):
+        train(base(), config(target_modules=["q_proj"]), ROWS, tmp_path / "out", options(), start=start)
+    with pytest.raises(ConfigError, match="brings its own"):
+        train(base(), config(), ROWS, tmp_path / "out", options(), start=start, bank=VectorBank.random(16, 16, 0.5))
+    train(base(), config(save_only_topk_weights=True), ROWS, start, options(max_steps=1))
+    with pytest.raises(CheckpointError, match="cannot be trained"):
+        train(base(), config(), ROWS, tmp_path / "out", options(), start=start)
+    assert not (tmp_path / "out").exists()
+
+
 def test_topk_only_output(tmp_path: Path) -> None:
     train(base(), config(save_only_topk_weights=True), ROWS, tmp_path, options(max_steps=1))
     assert not read_adapter(tmp_path).trainable
