@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vblora.bank import VectorBank
-from vblora.checkpoint import content_hash, write_adapter
+from vblora.checkpoint import content_hash, read_adapter, write_adapter
 from vblora.config import VBLoRAConfig
 from vblora.data import Row, encode, split
 from vblora.errors import ConfigError
@@ -75,7 +75,7 @@ def train(
     else:
         model = _started(base, config, start, freeze_bank)
     given = asdict(options) | {"bank": bank and bank.hash, "freeze_bank": freeze_bank}
-    given["start"] = start and content_hash(model.checkpoint())
+    given["start"] = start and content_hash(read_adapter(start))
     report = TrainingReport(options.steps(len(examples)), len(examples), len(held_out_examples))
     loop = TrainingLoop(model, {"default": examples}, pad_token(base.tokenizer), options)
     fingerprint = {"config": config.to_dict(), "options": given, "rows": [row.values for row in rows]}
