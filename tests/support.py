@@ -13,23 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from vblora.checkpoint import AdapterCheckpoint, TopKModule, write_adapter
 from vblora.config import VBLoRAConfig
@@ -77,44 +63,47 @@ _SHAPE: dict[str, Any] = {
 _COMMON: dict[str, Any] = {"initializer_range": 0.2, "tie_word_embeddings": False}
 _TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
-_FAMILIES: dict[str, tuple[Callable[..., Any], Callable[..., PreTrainedModel], dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, _SHAPE),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, _SHAPE),
-    "mistral": (MistralConfig, MistralForCausalLM, {**_SHAPE, "sliding_window": 8}),
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 16, "sliding_window": 8}
+
+# The name of a configuration and of a model in transformers, and the fields in which it differs from `_SHAPE`.
+_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 8}),
     "gemma2": (
-        Gemma2Config,
-        Gemma2ForCausalLM,
-        {
-            **_SHAPE,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 8,
-            "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 10.0,
-        },
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
     ),
     "gemma3": (
-        Gemma3TextConfig,
-        Gemma3ForCausalLM,
-        {
-            **_SHAPE,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
     ),
-    "gpt2": (
-        GPT2Config,
-        GPT2LMHeadModel,
-        {"vocab_size": VOCAB_SIZE, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
-    ),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, **_EXPERTS}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
+    "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", {}),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", {}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {}),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 1.0}),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {"num_experts": 4, **_EXPERTS}),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 4, "sliding_window": 8, **_EXPERTS}),
 }
 FAMILIES = tuple(_FAMILIES)
+CONFIGURATIONS = tuple(configuration for configuration, _, _ in _FAMILIES.values())
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model in eval mode, float32; `overrides` replace entries of its transformers configuration."""
-    config_class, model_class, shape = _FAMILIES[family]
-    config = config_class(**{**shape, **_COMMON, **_TOKENS, **overrides})
+    config_name, model_name, fields = _FAMILIES[family]
+    config = getattr(transformers, config_name)(**{**_SHAPE, **fields, **_COMMON, **_TOKENS, **overrides})
+    model_class: Callable[..., PreTrainedModel] = getattr(transformers, model_name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model_class(config).eval()

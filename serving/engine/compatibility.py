@@ -21,7 +21,8 @@ from serving.errors import StartupError
 from vblora.compact import linear_shape
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-MOVING_ROPES = {"dynamic", "longrope"}
+MOVING_ROPE = "dynamic"
+TWO_ROPES = "longrope"
 PROBE_LENGTHS = (7, 12)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.4, torch.float16: 0.1}  # the most that `deviation` may be
 
@@ -42,12 +43,8 @@ def check_configuration(model: PreTrainedModel) -> None:
         raise StartupError(f"{name} has layers of type {', '.join(odd)}: only full and sliding attention can be served")
     if getattr(config, "num_kv_shared_layers", 0):
         raise StartupError(f"{name} shares keys and values between layers, which the paged cache cannot hold")
-    moving = sorted(MOVING_ROPES & set(_rope_types(config)))
-    if moving:
-        raise StartupError(
-            f"{name} uses {moving[0]} rotary positions, whose frequencies follow the longest request of a batch: "
-            "a request would change its neighbours' answers"
-        )
+    if MOVING_ROPE in _rope_types(config):
+        raise StartupError(_moving(name, MOVING_ROPE))
 
 
 def _rope_types(config: Any) -> Iterator[str]:
@@ -56,6 +53,35 @@ def _rope_types(config: Any) -> Iterator[str]:
     for entry in (parameters, *parameters.values()):
         if isinstance(entry, dict) and isinstance(entry.get("rope_type"), str):
             yield entry["rope_type"]
+
+
+def _moving(name: str, rope: str) -> str:
+    return (
+        f"{name} uses {rope} rotary positions, whose frequencies follow the longest request of a batch: a request "
+        "would change its neighbours' answers"
+    )
+
+
+@torch.inference_mode()
+def fix_frequencies(model: PreTrainedModel, max_model_len: int) -> None:
+    """Where a model has one set of rotary frequencies for short texts and one for long ones, settle on that of the
+    longest request allowed, for every request: transformers chooses anew at each step, by its longest row.
+
+    Raises `StartupError` where that has no effect.
+    """
+    if TWO_ROPES not in _rope_types(text_config(model)):
+        return
+    embeddings: list[Any] = [module for module in model.modules() if getattr(module, "rope_type", None) == TWO_ROPES]
+    x, first = torch.zeros(1, device=model.device), torch.zeros(1, 1, dtype=torch.long, device=model.device) + 1
+    last = first + max_model_len - 2
+    for embedding in embeddings:
+        settled = embedding(x, torch.cat((first, last), dim=1))[0][:, :1]
+        embedding.rope_type = "default"  # of the module, whose forward chooses by it; the frequencies stay
+        alone = embedding(x, first)[0]
+        if not torch.equal(settled, alone):
+            raise StartupError(_moving(type(model).__name__, TWO_ROPES))
+    if not embeddings:
+        raise StartupError(_moving(type(model).__name__, TWO_ROPES))
 
 
 def use_paged_attention(model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from serving.engine.attention import ATTRIBUTE, AttentionStep, PagedLayer, Span
 from serving.engine.compatibility import (
     check_configuration,
     check_packed,
+    fix_frequencies,
     probe_tokens,
     record_forward,
     separate_logits,
@@ -44,6 +45,7 @@ class ModelRunner:
         self.model = model  # in eval mode, as loaded
         self.block_size = settings.block_size
         check_configuration(model)
+        fix_frequencies(model, self._wanted_length(settings))
         separate = separate_logits(model)
         use_paged_attention(model)
         record = record_forward(model)
@@ -70,10 +72,7 @@ class ModelRunner:
 
     def _fit_cache(self, settings: EngineSettings) -> tuple[int, int]:
         """Blocks that fit the memory, and the longest request allowed: one of that length must fit them."""
-        context = int(text_config(self.model).max_position_embeddings)
-        wanted = settings.max_model_len or context
-        if wanted > context:
-            raise StartupError(f"max-model-len is {wanted}, but the model's positions end at {context}")
+        wanted = self._wanted_length(settings)
         memory = settings.kv_cache_bytes or _default_cache_bytes(self.model.device)
         blocks = memory // (self.bytes_per_token * self.block_size)
         capacity = blocks * self.block_size
@@ -83,6 +82,13 @@ class ModelRunner:
                 f"max-model-len {wanted}: raise kv-cache-memory or lower max-model-len"
             )
         return blocks, min(wanted, capacity)
+
+    def _wanted_length(self, settings: EngineSettings) -> int:
+        context = int(text_config(self.model).max_position_embeddings)
+        wanted = settings.max_model_len or context
+        if wanted > context:
+            raise StartupError(f"max-model-len is {wanted}, but the model's positions end at {context}")
+        return wanted
 
     def _probe(self) -> Tensor:
         """Logits of the probe sequences in one flat batch. Blocks are handed out from the last, to see them used."""

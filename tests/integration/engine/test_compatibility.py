@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +11,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from serving.engine.attention import Span
 from serving.engine.compatibility import deviation
 from serving.engine.model_runner import ModelRunner
 from serving.errors import StartupError
 from serving.types import EngineSettings
-from tests.support import tiny_model
+from tests.support import CONFIGURATIONS, tiny_model
+from vblora.batched import Segment
 
 SMALL: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -35,7 +39,25 @@ REFUSED = {
     "BloomConfig": {"n_head": 4},
     "MptConfig": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
     "T5Config": {},
+    "Llama4TextConfig": {"intermediate_size_mlp": 64, "num_local_experts": 2},
 }
+README = Path(__file__).parents[3] / "README.md"
+
+
+def listed(configurations: Iterable[str]) -> str:
+    names = {name.removesuffix("Config").removesuffix("Text") for name in configurations}
+    return ", ".join(sorted(names, key=str.lower))
+
+
+def test_the_readme_lists_what_is_served() -> None:
+    """The first list is of test_parity.py, the others of this file."""
+    text = (
+        "- The same tokens as `generate` of `transformers` on the base with that one adapter merged, in mixed batches: "
+        f"{listed(CONFIGURATIONS)}.\n"
+        f"- Served, compared at start only: {listed(SERVED.keys() - set(CONFIGURATIONS))}.\n"
+        f"- Refused at start: {listed(REFUSED)}, and whatever fails the comparison.\n"
+    )
+    assert text in README.read_text(encoding="utf-8"), text
 
 
 def build(name: str, overrides: dict[str, Any]) -> PreTrainedModel:
@@ -72,6 +94,33 @@ def test_rotary_positions_that_follow_the_longest_request_are_refused(rope: str)
         run(model)
 
 
+def two_ropes(short: float, long: float) -> PreTrainedModel:
+    """A model trained on 32 positions, with one set of frequencies up to there and one beyond."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 32,
+        "short_factor": [short] * 8, "long_factor": [long] * 8,
+    }  # fmt: skip
+    return tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+
+
+@pytest.mark.parametrize(("max_model_len", "factors"), [(None, (4.0, 4.0)), (33, (4.0, 4.0)), (32, (1.0, 1.0))])
+def test_of_two_sets_of_frequencies_all_requests_have_the_longest_one_s(
+    max_model_len: int | None, factors: tuple[float, float]
+) -> None:
+    runner = run(two_ropes(1.0, 4.0), max_model_len=max_model_len)
+    short, long = [5, 6, 7, 8], [9, *range(3, 31)]
+    spans = [Span([0], 0, len(short)), Span([1, 2], 0, len(long))]
+    together = runner._forward(short + long, spans, [Segment(0, 33)], range(33))
+    alone = runner._forward(short, spans[:1], [Segment(0, 4)], range(4))
+    assert torch.allclose(together[:4], alone, atol=1e-5)
+    for text, got in ((short, together[:4]), (long, together[4:])):
+        with torch.inference_mode():
+            expected = two_ropes(*factors)(torch.tensor([text])).logits[0]
+            other = two_ropes(*(5.0 - factor for factor in factors))(torch.tensor([text])).logits[0]
+        assert torch.allclose(got, expected, atol=1e-4)
+        assert not torch.allclose(got, other, atol=1e-1)
+
+
 def test_chunked_layers_are_refused() -> None:
     model = tiny_model("gemma3")
     model.config.layer_types = ["chunked_attention", "full_attention"]
@@ -85,7 +134,7 @@ def test_a_batch_that_leaks_is_found_by_the_probe(dtype: torch.dtype, monkeypatc
     from serving.engine import attention
 
     def everything(self: Any, index: int, window: int | None) -> Any:
-        span, positions = self.spans[index], self._slots[index]
+        span, positions = self.spans[index], self._positions(index)
         return attention._Gather(positions, torch.ones(span.length, len(positions), dtype=torch.bool))
 
     model = tiny_model("llama").to(dtype)
@@ -105,9 +154,9 @@ def test_a_token_that_is_all_rounding_does_not_count() -> None:
 
 
 def test_learned_positions_bound_the_context() -> None:
-    assert run(tiny_model("gpt2", n_positions=64)).max_model_len == 64
+    assert run(tiny_model("gpt2", max_position_embeddings=64)).max_model_len == 64
     with pytest.raises(StartupError, match="positions end at 64"):
-        run(tiny_model("gpt2", n_positions=64), max_model_len=65)
+        run(tiny_model("gpt2", max_position_embeddings=64), max_model_len=65)
 
 
 def test_the_context_shrinks_to_the_cache_when_nobody_set_it() -> None:
