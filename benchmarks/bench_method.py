@@ -24,7 +24,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from benchmarks.workload import fresh_process, machine
+from benchmarks.sides import fresh_process
+from benchmarks.workload import machine
 from vblora import VBLoRAConfig, VBLoRAModel, get_vblora_model
 from vblora.data import encode, read_rows
 from vblora.integrations.base_models import load_base_model

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.workload import fresh_process, machine, random_adapter
+from benchmarks.sides import fresh_process
+from benchmarks.workload import machine, random_adapter
 from serving.engine import Engine
 from serving.types import EngineSettings, GenerationRequest, SamplingParams
 

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import subprocess
-import sys
-from typing import Any
+import time
+from collections.abc import Sequence
 
 import torch
 
 from serving.engine import Engine
-from serving.types import GenerationRequest, SamplingParams
+from serving.engine.engine import SilentObserver
+from serving.types import GenerationRequest, SamplingParams, StepPhase
 from vblora import VBLoRAConfig
 from vblora.checkpoint import AdapterCheckpoint, TopKModule
-from vblora.mixture import topk_mixture
+from vblora.mixture import TopK, topk_mixture
 
 PROMPT = "The restaurant on the corner of the market square"
 RANK, NUM_VECTORS, VECTOR_LENGTH, TOPK = 4, 256, 128, 2
+
+
+class Recorder(SilentObserver):
+    """Keeps the seconds of every step and of every composition into a slot, and how long first tokens took."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.compositions: list[float] = []
+        self.first_tokens: list[float] = []
+
+    def on_step(self, phase: StepPhase, seconds: float, rows: int, adapters: int) -> None:
+        self.steps.append(seconds)
+
+    def on_compose(self, seconds: float) -> None:
+        self.compositions.append(seconds)
+
+    def on_first_token(self, seconds: float) -> None:
+        self.first_tokens.append(seconds)
 
 
 def random_adapter(engine: Engine, seed: int) -> AdapterCheckpoint:
@@ -43,7 +60,7 @@ def random_adapter(engine: Engine, seed: int) -> AdapterCheckpoint:
     return AdapterCheckpoint(config=config, bank=bank, modules=modules, extras={}).topk()
 
 
-def requests(engine: Engine, count: int, tokens: int, adapters: list[str]) -> list[GenerationRequest]:
+def requests(engine: Engine, count: int, tokens: int, adapters: Sequence[str]) -> list[GenerationRequest]:
     """`count` requests, all at once; row i uses adapter i modulo their number, or the base if there are none."""
     prompt = tuple(engine.codec.encode(PROMPT))
     sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
@@ -53,12 +70,36 @@ def requests(engine: Engine, count: int, tokens: int, adapters: list[str]) -> li
     ]
 
 
-def fresh_process(module: str, *arguments: object) -> dict[str, Any]:
-    """The JSON of the last line that a benchmark prints, run in a process of its own."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+def cheap_adapters(engine: Engine, count: int) -> list[str]:
+    """`count` distinct adapters on one bank, resident: random indices and weights, without logits in between."""
+    generator = torch.Generator().manual_seed(0)
+    first = random_adapter(engine, 0)
+    result = []
+    for _ in range(count):
+        modules = {name: TopKModule(*(_redrawn(part, generator) for part in module)) for name, module in _topk(first)}
+        result.append(engine.load_adapter(AdapterCheckpoint(first.config, first.bank, modules, {})))
     return result
+
+
+def _topk(adapter: AdapterCheckpoint) -> list[tuple[str, tuple[TopK, TopK]]]:
+    return [(name, (module.a, module.b)) for name, module in adapter.modules.items() if isinstance(module, TopKModule)]
+
+
+def _redrawn(topk: TopK, generator: torch.Generator) -> TopK:
+    weights = torch.rand(topk.weights.shape, generator=generator) + 0.1
+    indices = torch.randint(NUM_VECTORS, topk.indices.shape, generator=generator, dtype=topk.indices.dtype)
+    return TopK(indices, weights / weights.sum(-1, keepdim=True))
+
+
+def throughput(engine: Engine, tokens: int, adapters: Sequence[str], rows: int) -> float:
+    """Tokens a second of whole requests, prefill included, after a short warm-up; as in `requests`."""
+    engine.generate(requests(engine, min(rows, engine.settings.max_batch_size), 2, adapters))
+    began = time.perf_counter()
+    answers = engine.generate(requests(engine, rows, tokens, adapters))
+    seconds = time.perf_counter() - began
+    generated = sum(len(answer.token_ids) for answer in answers)
+    assert generated == rows * tokens, "every request must generate all its tokens"
+    return generated / seconds
 
 
 def machine() -> dict[str, object]:

@@ -169,10 +169,12 @@ class EngineCore:
             self.runner.slots.clear(slot)
 
     def _fail(self, plan: StepPlan) -> list[GenerationEvent]:
-        """End the requests of a failed step, and empty the slots it was filling: they may be half composed."""
-        states = [chunk.state for chunk in plan.chunks if chunk.state.id in self._requests]
-        events = [self._finish(state, Finish("error", STEP_FAILED)) for state in states]
+        """End the requests of a failed step, and empty the slots it was filling: they may be half composed, also
+        those of requests that had no token in the step."""
         suspect = {fill.revision for fill in plan.fills}
+        hit = [chunk.state for chunk in plan.chunks if chunk.state.id in self._requests]
+        hit += [state for state in self.scheduler.running if state.request.revision in suspect and state not in hit]
+        events = [self._finish(state, Finish("error", STEP_FAILED)) for state in hit]
         self._clear(self.slots.evict(suspect.__contains__))
         return events
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 from serving.adapters.slots import SlotPool
 from serving.engine.block_keys import BlockKeys
@@ -58,23 +59,42 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Choose the chunks of the next step, with blocks and slots for all of them."""
-        budget = self.max_batched_tokens
-        decoding: list[Chunk] = []
-        prefilling: list[Chunk] = []
-        for state in sorted(self.running, key=lambda state: (state.remaining > 1, state.order)):
-            if state not in self.running or budget <= 0:
-                continue  # preempted by an older one, or no room left in this step
-            chunk = Chunk(state, state.computed, min(state.remaining, budget))
-            if self._make_room(chunk):
-                (decoding if state.remaining == 1 else prefilling).append(chunk)
-                budget -= chunk.length
-        chunks = [chunk for chunk in (*decoding, *prefilling) if chunk.state in self.running]
-        chunks += self._admit(budget)
+        chunks = self._decode()
+        self._admit()
+        chunks += self._prefill({chunk.state.order for chunk in chunks}, self.max_batched_tokens - len(chunks))
         chunks.sort(key=lambda chunk: chunk.length > 1)
         for chunk in chunks:
             self._charge(chunk)
         fills, self._fills = tuple(self._fills), []
         return StepPlan(tuple(chunks), fills)
+
+    def _decode(self) -> list[Chunk]:
+        """The next token of every request that is past its prompt, oldest first, as far as there are blocks."""
+        chunks = []
+        for state in sorted(self.running, key=lambda state: state.order):
+            # one preempted by an older one is no longer there
+            if state.remaining == 1 and state in self.running:
+                chunk = Chunk(state, state.computed, 1)
+                if self._make_room(chunk):
+                    chunks.append(chunk)
+        return [chunk for chunk in chunks if chunk.state in self.running]
+
+    def _prefill(self, decoding: Collection[int], budget: int) -> list[Chunk]:
+        """Share `budget` tokens among the requests that are not `decoding` (their orders): the shortest rest first, so
+        that a short prompt need not wait for a long one; but half is the oldest's, so that none waits for ever."""
+        states = [state for state in self.running if state.order not in decoding]
+        if not states:
+            return []
+        oldest, *others = sorted(states, key=lambda state: state.order)
+        left = budget - min(oldest.remaining, (budget + 1) // 2)
+        chunks = []
+        for state in sorted(others, key=lambda state: (state.remaining, state.order)):
+            length = min(state.remaining, left)
+            left -= length
+            if length:
+                chunks.append(Chunk(state, state.computed, length))
+        spared = budget - sum(chunk.length for chunk in chunks)
+        return [Chunk(oldest, oldest.computed, min(oldest.remaining, spared)), *chunks] if spared else chunks
 
     def commit(self, plan: StepPlan) -> None:
         """The step has run: its tokens have keys and values, and the blocks that it filled may be shared."""
@@ -96,10 +116,9 @@ class Scheduler:
         self.blocks.grow(chunk.state.block_table, chunk.end)
         return True
 
-    def _admit(self, budget: int) -> list[Chunk]:
-        """Take waiting requests while rows, tokens, slots and blocks for their whole text so far are there."""
-        admitted: list[Chunk] = []
-        while budget > 0 and self._waiting and len(self.running) < self.max_batch_size:
+    def _admit(self) -> None:
+        """Take waiting requests while rows, slots and blocks for their whole text so far are there."""
+        while self._waiting and len(self.running) < self.max_batch_size:
             tenant = min(self._waiting, key=lambda name: self._served[name])
             state = self._waiting[tenant][0]
             self._reuse(state)
@@ -111,9 +130,6 @@ class Scheduler:
             self._count_prefix(state)
             self._dequeue(tenant, state)
             self.running.append(state)
-            admitted.append(Chunk(state, state.computed, min(state.remaining, budget)))
-            budget -= admitted[-1].length
-        return admitted
 
     def _reuse(self, state: RequestState) -> None:
         """Take the cached blocks that the request's tokens begin with; its last token is computed in any case."""

@@ -67,6 +67,44 @@ def test_decoding_rows_go_before_prefill_and_share_its_step() -> None:
     assert lengths(plan) == [1, 15]
 
 
+def test_a_short_prompt_need_not_wait_for_long_ones() -> None:
+    subject = scheduler(tokens=16)
+    for first in (0, 100, 200):
+        subject.add(state(60, first=first))
+    run(subject, subject.schedule())
+    subject.add(short := state(5, first=300))
+    plan = subject.schedule()
+    assert short in plan.sampling
+    assert sum(lengths(plan)) == 16
+
+
+def test_the_oldest_prompt_has_half_of_the_step_whatever_comes() -> None:
+    subject = scheduler(tokens=16)
+    subject.add(long := state(60))
+    for number in range(1, 8):
+        subject.add(state(7, first=100 * number))
+    plan = subject.schedule()
+    assert [chunk.length for chunk in plan.chunks if chunk.state is long] == [8]
+    assert sorted(lengths(plan)) == [1, 7, 8]
+
+
+def test_prompts_of_one_length_are_read_in_the_order_in_which_they_came() -> None:
+    subject = scheduler(tokens=16)
+    states = [state(24, first=100 * number) for number in range(3)]
+    for entry in states:
+        subject.add(entry)
+    done: list[RequestState] = []
+    while len(done) < 3:
+        plan = subject.schedule()
+        ended = plan.sampling
+        assert sum(lengths(plan)) == 16 or len(ended) == len(subject.running)
+        run(subject, plan)
+        for entry in ended:
+            subject.remove(entry)
+        done += ended
+    assert done == states
+
+
 def test_the_newest_is_preempted_and_the_oldest_always_progresses() -> None:
     subject = scheduler(blocks=4, tokens=64)
     old, new = state(7), state(7, first=100)
