@@ -14,7 +14,7 @@ INSTALLED := .venv/installed
 PACKAGES := vblora serving deploy examples benchmarks
 BENCHMARKS = $(subst /,.,$(basename $(sort $(wildcard benchmarks/bench_*.py))))
 
-.PHONY: demo test check format serve bench adapters evidence replay-image clean
+.PHONY: demo test check format serve bench soak adapters evidence replay-image clean
 
 demo: $(INSTALLED)
 	$(BIN)/vblora-serve demo $(if $(ONCE),--once) $(ARGS)
@@ -40,6 +40,10 @@ serve: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) $(ARGS) || exit 1; done
+
+# Ten minutes of mixed load: no error, flat memory, steady steps.
+soak: $(INSTALLED)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 # Train the demo's adapters again, into runs/adapters, and compare their files with the shipped ones.
 adapters: $(INSTALLED)

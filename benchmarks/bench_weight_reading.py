@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace, side: str) -> sides.Values:
     recorder.steps.clear()
     engine.generate(requests(engine, 1, options.tokens, adapters))
     engine.close()
-    return {"step": statistics.median(recorder.steps), "reading": reading}
+    return {"step": statistics.median(step.seconds for step in recorder.steps), "reading": reading}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from serving.engine import Engine
 from serving.engine.engine import SilentObserver
-from serving.types import GenerationRequest, SamplingParams, StepPhase
+from serving.types import GenerationRequest, SamplingParams, StepReport
 from vblora import VBLoRAConfig
 from vblora.checkpoint import AdapterCheckpoint, TopKModule
 from vblora.mixture import TopK, topk_mixture
@@ -21,15 +21,15 @@ RANK, NUM_VECTORS, VECTOR_LENGTH, TOPK = 4, 256, 128, 2
 
 
 class Recorder(SilentObserver):
-    """Keeps the seconds of every step and of every composition into a slot, and how long first tokens took."""
+    """Keeps every step, the seconds of every composition into a slot, and how long first tokens took."""
 
     def __init__(self) -> None:
-        self.steps: list[float] = []
+        self.steps: list[StepReport] = []
         self.compositions: list[float] = []
         self.first_tokens: list[float] = []
 
-    def on_step(self, phase: StepPhase, seconds: float, rows: int, adapters: int) -> None:
-        self.steps.append(seconds)
+    def on_step(self, step: StepReport) -> None:
+        self.steps.append(step)
 
     def on_compose(self, seconds: float) -> None:
         self.compositions.append(seconds)

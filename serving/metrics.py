@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving.types import EngineStats, FinishReason
+from serving.types import EngineStats, FinishReason, StepReport
 
 PREFIX = "vblora_"
 REJECTIONS = frozenset({"rate_limit_exceeded", "overloaded", "draining", "engine_unavailable"})
@@ -78,9 +77,9 @@ class Metrics:
         self._cached_tokens.inc(cached_tokens)
         self._generated.inc(generated_tokens)
 
-    def on_step(self, phase: Literal["prefill", "decode", "mixed"], seconds: float, rows: int, adapters: int) -> None:
-        self.last_step = (rows, adapters)
-        self._step.labels(phase).observe(seconds)
+    def on_step(self, step: StepReport) -> None:
+        self.last_step = (step.decode_rows + step.prefill_rows, step.adapters)
+        self._step.labels(step.phase).observe(step.seconds)
 
     def on_compose(self, seconds: float) -> None:
         self._compose.observe(seconds)

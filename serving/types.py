@@ -218,6 +218,23 @@ class EngineClient(Protocol):
     def healthy(self) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step of the engine: `decode_rows` of one token each, `prefill_rows` of `prefill_tokens` together, over a
+    cache of `context_tokens`, with so many different `adapters`."""
+
+    seconds: float
+    decode_rows: int
+    prefill_rows: int
+    prefill_tokens: int
+    context_tokens: int
+    adapters: int
+
+    @property
+    def phase(self) -> StepPhase:
+        return "mixed" if self.decode_rows and self.prefill_rows else "prefill" if self.prefill_rows else "decode"
+
+
 class EngineObserver(Protocol):
     """What the engine reports while it works; `serving/metrics.py` implements it. Called on the engine's thread."""
 
@@ -227,7 +244,7 @@ class EngineObserver(Protocol):
     def on_finished(
         self, reason: FinishReason, seconds: float, prompt_tokens: int, cached_tokens: int, generated_tokens: int
     ) -> None: ...
-    def on_step(self, phase: StepPhase, seconds: float, rows: int, adapters: int) -> None: ...
+    def on_step(self, step: StepReport) -> None: ...
     def on_compose(self, seconds: float) -> None: ...
 
 

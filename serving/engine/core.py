@@ -21,7 +21,7 @@ from serving.engine.model_runner import ModelRunner
 from serving.engine.request import Finish, RequestState, StepPlan
 from serving.engine.sampler import sample
 from serving.engine.scheduler import Scheduler
-from serving.types import EngineObserver, EngineSettings, EngineStats, GenerationEvent, GenerationRequest, StepPhase
+from serving.types import EngineObserver, EngineSettings, EngineStats, GenerationEvent, GenerationRequest, StepReport
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,14 @@ class EngineCore:
         return events
 
     def _report(self, plan: StepPlan, seconds: float) -> None:
-        decoding = sum(chunk.length == 1 for chunk in plan.chunks)
-        phase: StepPhase = "decode" if decoding == len(plan.chunks) else "mixed" if decoding else "prefill"
-        adapters = {chunk.state.request.revision for chunk in plan.chunks} - {None}
-        self._observer.on_step(phase, seconds, len(plan.chunks), len(adapters))
+        prefilled = [chunk.length for chunk in plan.chunks if chunk.length > 1]
+        self._observer.on_step(
+            StepReport(
+                seconds,
+                decode_rows=len(plan.chunks) - len(prefilled),
+                prefill_rows=len(prefilled),
+                prefill_tokens=sum(prefilled),
+                context_tokens=sum(chunk.end for chunk in plan.chunks),
+                adapters=len({chunk.state.request.revision for chunk in plan.chunks} - {None}),
+            )
+        )

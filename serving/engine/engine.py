@@ -38,7 +38,7 @@ from serving.types import (
     GenerationEvent,
     GenerationRequest,
     ModelCard,
-    StepPhase,
+    StepReport,
 )
 from vblora import kernels
 from vblora.checkpoint import AdapterCheckpoint, content_hash, read_adapter
@@ -61,7 +61,7 @@ class SilentObserver:
     def on_finished(
         self, reason: FinishReason, seconds: float, prompt_tokens: int, cached_tokens: int, generated_tokens: int
     ) -> None: ...
-    def on_step(self, phase: StepPhase, seconds: float, rows: int, adapters: int) -> None: ...
+    def on_step(self, step: StepReport) -> None: ...
     def on_compose(self, seconds: float) -> None: ...
 
 

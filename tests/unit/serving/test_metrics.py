@@ -3,7 +3,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry
 
 from serving.metrics import AdapterGauges, Metrics
-from serving.types import EngineStats
+from serving.types import EngineStats, StepReport
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -17,7 +17,7 @@ def test_the_engines_reports_are_counted() -> None:
     metrics.on_next_token(0.1)
     metrics.on_next_token(0.1)
     metrics.on_compose(0.001)
-    metrics.on_step("decode", 0.02, 3, 2)
+    metrics.on_step(StepReport(0.02, 3, 0, 0, 50, 2))
     metrics.on_finished("stop", 2.0, 5, 3, 7)
     metrics.on_finished("length", 2.0, 1, 0, 1)
     assert value(metrics, "request_queue_time_seconds_sum") == 0.5
@@ -47,7 +47,7 @@ def test_gauges_are_read_at_each_scrape_and_rest_when_nothing_runs() -> None:
     stats = EngineStats(1, 2, 3, 4, 5, 6, 7, 15, 16)
     metrics = Metrics(CollectorRegistry())
     metrics.watch(lambda: stats, lambda: AdapterGauges(8, 9, 10, 11, 12))
-    metrics.on_step("mixed", 0.1, 13, 14)
+    metrics.on_step(StepReport(0.1, 10, 3, 60, 500, 14))
     expected = {
         "requests_running": 1,
         "requests_waiting": 2,
