@@ -29,7 +29,7 @@ def arguments(description: str | None, repeats: int = 3) -> argparse.ArgumentPar
 def fresh_process(module: str, *given: object) -> dict[str, Any]:
     """The JSON of the last line that a benchmark prints, run in a process of its own."""
     command = [sys.executable, "-m", module, *map(str, given)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 

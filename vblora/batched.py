@@ -95,12 +95,21 @@ class AdapterSlots:
         """Compose `adapter` into `slot`. Raises ValueError for slot 0, which stays zeros."""
         if not NO_ADAPTER < slot < self.num_slots:
             raise ValueError(f"slot {slot} cannot be filled: slots 1 to {self.num_slots - 1} hold adapters")
-        self.clear(slot)
-        composed = adapter.compose()
         row = self.tables[adapter.bucket][slot]
+        if self._bucket_of.get(slot) != adapter.bucket or sum(run.length for run in adapter.runs) < len(row):
+            self.clear(slot)
+        self._bucket_of[slot] = adapter.bucket  # before it is written to: whatever fails, `clear` knows what to zero
+        if kernels.usable(row) and adapter.indices.dtype in kernels.INDICES:
+            size = adapter.bank.shape[1]
+            for target, source, length in adapter.runs:
+                part = slice(source // size, (source + length) // size)
+                kernels.compose(
+                    row[target : target + length], adapter.indices[part], adapter.weights[part], adapter.bank
+                )
+            return
+        composed = adapter.compose()
         for target, source, length in adapter.runs:
             row[target : target + length].copy_(composed[source : source + length])
-        self._bucket_of[slot] = adapter.bucket
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16)
+INDICES = (torch.uint8, torch.int16, torch.int32)
 
 
 def _load() -> bool:
@@ -42,6 +43,14 @@ def add_delta(y: Tensor, x: Tensor, table: Tensor, slots: Tensor, modules: Tenso
     have one dtype, the table the same or float32; the rank is a multiple of 4. Sums are float32.
     """
     torch.ops.vblora.add_delta_(y, x, table, slots, modules, rank)
+
+
+def compose(target: Tensor, indices: Tensor, weights: Tensor, bank: Tensor) -> None:
+    """Write sub-vectors one after another into `target` (n · b,): each the sum of k rows of `bank` (h, b), float32.
+
+    `indices` (n, k) is one of `INDICES`; `weights` (n, k − 1) float32, the last weight being what they leave of one.
+    """
+    torch.ops.vblora.compose_(target, indices, weights, bank)
 
 
 def decode_attention(

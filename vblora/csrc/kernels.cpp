@@ -129,6 +129,51 @@ void run(const Delta<float, float>& job, int64_t begin, int64_t end) { delta_row
 void run(const Delta<Bits16, float>& job, int64_t begin, int64_t end) { delta_rows_bf(job, begin, end); }
 void run(const Delta<Bits16, Bits16>& job, int64_t begin, int64_t end) { delta_rows_bb(job, begin, end); }
 
+// ---- Sub-vectors: each the sum of k vectors of the bank by their weights, of which the last is what is left of one.
+
+template <typename I, typename W>
+struct Composition {
+  W* target;             // (number, length)
+  const I* indices;      // (number, k)
+  const float* weights;  // (number, k − 1)
+  const float* bank;     // (vectors, length)
+  int64_t k, length;
+};
+
+template <typename I, typename W>
+INLINE void compose_items(const Composition<I, W>& job, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const I* index = job.indices + item * job.k;
+    const float* weight = job.weights + item * (job.k - 1);
+    W* target = job.target + item * job.length;
+    float last = 1.0f;
+    for (int64_t j = 0; j + 1 < job.k; ++j) last -= weight[j];
+    last = std::max(last, 0.0f);
+    if (job.k == 2) {
+      const float *first = job.bank + index[0] * job.length, *second = job.bank + index[1] * job.length;
+#pragma omp simd
+      for (int64_t i = 0; i < job.length; ++i) narrow(weight[0] * first[i] + last * second[i], target[i]);
+      continue;
+    }
+    for (int64_t i = 0; i < job.length; ++i) {
+      float sum = last * job.bank[index[job.k - 1] * job.length + i];
+      for (int64_t j = 0; j + 1 < job.k; ++j) sum += weight[j] * job.bank[index[j] * job.length + i];
+      narrow(sum, target[i]);
+    }
+  }
+}
+
+#define COMPOSITION(NAME, I, W) \
+  CLONES void NAME(const Composition<I, W>& job, int64_t begin, int64_t end) { compose_items(job, begin, end); } \
+  void run(const Composition<I, W>& job, int64_t begin, int64_t end) { NAME(job, begin, end); }
+
+COMPOSITION(compose_8f, uint8_t, float)
+COMPOSITION(compose_8b, uint8_t, Bits16)
+COMPOSITION(compose_16f, int16_t, float)
+COMPOSITION(compose_16b, int16_t, Bits16)
+COMPOSITION(compose_32f, int32_t, float)
+COMPOSITION(compose_32b, int32_t, Bits16)
+
 // ---- Attention of one query a row over the blocks of a paged cache.
 
 constexpr int64_t HEADS = 4;  // query heads of one key head that are looked at in one pass
@@ -334,6 +379,43 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, con
   }
 }
 
+template <typename I, typename W>
+void compose_of(const at::Tensor& target_, const at::Tensor& indices, const at::Tensor& weights, const at::Tensor& bank) {
+  const I* index = pointer<I>(indices);
+  int64_t lowest = 0, highest = 0;
+  for (int64_t i = 0; i < indices.numel(); ++i) {
+    lowest = std::min<int64_t>(lowest, index[i]);
+    highest = std::max<int64_t>(highest, index[i]);
+  }
+  TORCH_CHECK(lowest >= 0 && highest < bank.size(0), "no such vector in the bank");
+  const Composition<I, W> job{target<W>(target_), index, pointer<float>(weights), pointer<float>(bank), indices.size(1),
+                              bank.size(1)};
+  parallel(job, indices.size(0), job.k * job.length);
+}
+
+template <typename W>
+void compose_into(const at::Tensor& target, const at::Tensor& indices, const at::Tensor& weights, const at::Tensor& bank) {
+  switch (indices.scalar_type()) {
+    case at::kByte: return compose_of<uint8_t, W>(target, indices, weights, bank);
+    case at::kShort: return compose_of<int16_t, W>(target, indices, weights, bank);
+    case at::kInt: return compose_of<int32_t, W>(target, indices, weights, bank);
+    default: TORCH_CHECK(false, "indices must be uint8, int16 or int32");
+  }
+}
+
+void compose_(at::Tensor& target, const at::Tensor& indices, const at::Tensor& weights, const at::Tensor& bank) {
+  check_type(target, "target"), check_type(weights, "weights"), check_type(bank, "bank");
+  TORCH_CHECK(!is_bfloat16(weights) && !is_bfloat16(bank), "weights and bank must be float32");
+  TORCH_CHECK(indices.is_cpu() && indices.dim() == 2 && weights.dim() == 2 && bank.dim() == 2 && target.dim() == 1, "shapes");
+  TORCH_CHECK(indices.is_contiguous() && weights.is_contiguous() && bank.is_contiguous() && target.is_contiguous(), "gaps");
+  TORCH_CHECK(weights.size(0) == indices.size(0) && weights.size(1) + 1 == indices.size(1), "a weight less than indices");
+  TORCH_CHECK(target.size(0) == indices.size(0) * bank.size(1), "the target must hold all sub-vectors");
+  if (is_bfloat16(target))
+    compose_into<Bits16>(target, indices, weights, bank);
+  else
+    compose_into<float>(target, indices, weights, bank);
+}
+
 struct DecodeOptions {
   int64_t block_size, window;
   double scaling, softcap;
@@ -420,6 +502,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilo
 
 TORCH_LIBRARY(vblora, library) {
   library.def("add_delta_(Tensor(a!) y, Tensor x, Tensor table, Tensor slots, Tensor modules, int rank) -> ()");
+  library.def("compose_(Tensor(a!) target, Tensor indices, Tensor weights, Tensor bank) -> ()");
   library.def(
       "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor lengths, int block_size, "
       "int window, float scaling, float softcap, Tensor? sinks) -> Tensor");
@@ -428,6 +511,7 @@ TORCH_LIBRARY(vblora, library) {
 
 TORCH_LIBRARY_IMPL(vblora, CPU, library) {
   library.impl("add_delta_", &add_delta_);
+  library.impl("compose_", &compose_);
   library.impl("decode_attention", &decode_attention);
   library.impl("rms_norm", &rms_norm);
 }

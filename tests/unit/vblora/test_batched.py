@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import random_adapter
+from vblora import kernels
 from vblora.batched import AdapterSlots, Segment, SlottedLinear, attach_slots
 from vblora.checkpoint import AdapterCheckpoint, TopKModule
 from vblora.compact import SlotLayout
@@ -90,6 +91,7 @@ def test_each_row_gets_the_delta_of_its_own_slot(
             start += length
 
 
+@pytest.mark.usefixtures("either_kernels")
 def test_a_slot_filled_again_holds_nothing_of_the_one_before() -> None:
     model = Base()
     layout = SlotLayout.from_model(model, max_rank=8)
@@ -98,6 +100,27 @@ def test_a_slot_filled_again_holds_nothing_of_the_one_before() -> None:
         slots.fill(1, layout.compact(checkpoint))
     fresh = AdapterSlots(layout, num_slots=2)
     fresh.fill(1, layout.compact(adapters(model)[-1]))
+    assert all(torch.equal(slots.tables[bucket], fresh.tables[bucket]) for bucket in layout.buckets)
+
+
+def test_what_a_failed_filling_has_written_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Base()
+    layout = SlotLayout.from_model(model, max_rank=8)
+    slots = AdapterSlots(layout, num_slots=2)
+    whole, small = adapters(model)[1], adapters(model)[3]
+    compose = kernels.compose
+
+    def fail(*arguments: Tensor) -> None:
+        compose(*arguments)
+        raise RuntimeError("torn off")
+
+    monkeypatch.setattr(kernels, "compose", fail)
+    with pytest.raises(RuntimeError, match="torn off"):
+        slots.fill(1, layout.compact(whole))
+    monkeypatch.setattr(kernels, "compose", compose)
+    slots.fill(1, layout.compact(small))
+    fresh = AdapterSlots(layout, num_slots=2)
+    fresh.fill(1, layout.compact(small))
     assert all(torch.equal(slots.tables[bucket], fresh.tables[bucket]) for bucket in layout.buckets)
 
 

@@ -92,6 +92,32 @@ def test_what_would_read_outside_of_a_tensor_is_refused(name: str, value: Tensor
         kernels.add_delta(**given, rank=RANK)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("indices", kernels.INDICES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_composing(k: int, indices: torch.dtype, dtype: torch.dtype, tolerance: float) -> None:
+    """More sub-vectors than one thread takes; the last weight of each is what the others leave of one."""
+    generator = torch.Generator().manual_seed(k)
+    bank = torch.randn(200, 24, generator=generator)
+    chosen = torch.randint(200, (5000, k), generator=generator)
+    weights = torch.rand(5000, k, generator=generator)
+    weights /= weights.sum(-1, keepdim=True)
+    target = torch.full((5000 * 24 + 8,), 9.0, dtype=dtype)
+    kernels.compose(target[:-8], chosen.to(indices), weights[:, :-1].contiguous(), bank)
+    expected = (bank.double()[chosen] * weights.double()[..., None]).sum(1).flatten()
+    assert torch.allclose(target[:-8].double(), expected, atol=tolerance * 4, rtol=0)
+    assert (target[-8:] == 9).all()
+
+
+def test_composing_refuses_vectors_that_are_not_in_the_bank() -> None:
+    weights, bank = torch.zeros(2, 1), torch.zeros(20, 8)
+    for wrong in (20, -1):
+        with pytest.raises(RuntimeError, match="no such vector"):
+            kernels.compose(torch.zeros(16), torch.tensor([[0, 1], [2, wrong]], dtype=torch.int16), weights, bank)
+    with pytest.raises(RuntimeError, match="must hold all"):
+        kernels.compose(torch.zeros(8), torch.zeros(2, 2, dtype=torch.uint8), weights, bank)
+
+
 def test_attention_refuses_blocks_outside_of_the_cache() -> None:
     cache = torch.zeros(32, 1, 8)
     for table, length, message in (([2], 16, "no such block"), ([-1], 3, "no such block"), ([0], 17, "fit its blocks")):
