@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from serving.engine import Engine
-from serving.engine.engine import SilentObserver
+from serving.engine.observer import SilentObserver
 from serving.types import GenerationRequest, SamplingParams, StepReport
 from vblora import VBLoRAConfig
 from vblora.checkpoint import AdapterCheckpoint, TopKModule

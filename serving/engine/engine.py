@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from serving.engine.codec import ModelCodec
 from serving.engine.compute import ComputeThread
 from serving.engine.core import EngineCore
 from serving.engine.model_runner import ModelRunner
+from serving.engine.observer import SilentObserver
+from serving.engine.streams import AsyncStream, Generation, Sink, collect, hand_over
 from serving.errors import (
     ContextLengthExceeded,
     Draining,
@@ -34,11 +36,9 @@ from serving.types import (
     EngineObserver,
     EngineSettings,
     EngineStats,
-    FinishReason,
     GenerationEvent,
     GenerationRequest,
     ModelCard,
-    StepReport,
 )
 from vblora import kernels
 from vblora.checkpoint import AdapterCheckpoint, content_hash, read_adapter
@@ -49,30 +49,6 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
 ENGINE_DIED = "the engine stopped"
-Sink = Callable[[GenerationEvent], None]
-
-
-class SilentObserver:
-    """An `EngineObserver` that nobody listens to."""
-
-    def on_admitted(self, waited_seconds: float) -> None: ...
-    def on_first_token(self, seconds: float) -> None: ...
-    def on_next_token(self, seconds: float) -> None: ...
-    def on_finished(
-        self, reason: FinishReason, seconds: float, prompt_tokens: int, cached_tokens: int, generated_tokens: int
-    ) -> None: ...
-    def on_step(self, step: StepReport) -> None: ...
-    def on_compose(self, seconds: float) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """The whole answer to one request."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +73,6 @@ class _Abort:
 @dataclass(frozen=True, slots=True)
 class _Stop:
     pass
-
-
-class AsyncStream:
-    """The events of one request, on the event loop that submitted it."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.events: asyncio.Queue[GenerationEvent] = asyncio.Queue()
-
-    async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
-        while True:
-            event = await self.events.get()
-            yield event
-            if event.finish_reason is not None:
-                return
 
 
 class Engine:
@@ -260,7 +221,7 @@ class Engine:
         streams = [queue.SimpleQueue[GenerationEvent]() for _ in requests]
         for request, events in zip(requests, streams, strict=True):
             self._enqueue(request, events.put)
-        return [_collect(events) for events in streams]
+        return [collect(events) for events in streams]
 
     def load_adapter(self, source: str | Path | AdapterCheckpoint) -> str:
         """Make an adapter resident and return its content hash, a `GenerationRequest`'s `revision`.
@@ -356,7 +317,7 @@ class Engine:
                 stream(event)
         for loop, batch in batches.items():
             try:
-                loop.call_soon_threadsafe(_hand_over, batch)
+                loop.call_soon_threadsafe(hand_over, batch)
             except RuntimeError:  # the loop is closed: nobody waits for these events any more
                 log.debug("%d events for a closed event loop", len(batch))
 
@@ -375,22 +336,6 @@ class Engine:
             if request.revision is not None:
                 self.residency.unpin(request.revision)
         self._deliver([GenerationEvent(r.request_id, finish_reason="error", error=ENGINE_DIED) for r in requests])
-
-
-def _hand_over(batch: list[tuple[AsyncStream, GenerationEvent]]) -> None:
-    for stream, event in batch:
-        stream.events.put_nowait(event)
-
-
-def _collect(events: queue.SimpleQueue[GenerationEvent]) -> Generation:
-    text = ""
-    tokens: list[int] = []
-    while True:
-        event = events.get()
-        text += event.text
-        tokens += event.token_ids
-        if event.finish_reason is not None:
-            return Generation(text, tuple(tokens), event.finish_reason, event.error)
 
 
 def _end_of_text(base: BaseModel) -> frozenset[int]:

@@ -8,8 +8,8 @@ import pytest
 
 from serving.adapters.residency import Residency
 from serving.engine.core import EngineCore
-from serving.engine.engine import SilentObserver
 from serving.engine.model_runner import ModelRunner
+from serving.engine.observer import SilentObserver
 from serving.types import EngineSettings, GenerationRequest, SamplingParams
 from tests.support import random_adapter, tiny_model, tiny_tokenizer
 from vblora.checkpoint import content_hash

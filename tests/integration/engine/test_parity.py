@@ -21,8 +21,8 @@ from serving.engine import linears
 from serving.engine.attention import Span
 from serving.engine.compatibility import deviation
 from serving.engine.core import EngineCore
-from serving.engine.engine import SilentObserver
 from serving.engine.model_runner import ModelRunner
+from serving.engine.observer import SilentObserver
 from serving.types import EngineSettings, EngineStats, GenerationRequest, SamplingParams
 from tests.support import FAMILIES, random_adapter, tiny_model, tiny_tokenizer
 from vblora import kernels
