@@ -15,6 +15,7 @@ from vblora.batched import AdapterSlots, attach_slots
 
 Product = Callable[[Tensor], Tensor]
 ROWS = 32  # of the input that a packed layout is made for; it takes any other number
+ROWS_STEP = 16  # beyond that many rows, their number is filled up to a multiple of this
 
 
 def packable(weight: Tensor) -> bool:
@@ -28,14 +29,21 @@ def packable(weight: Tensor) -> bool:
 
 
 def product(weight: Tensor, bias: Tensor | None) -> Product:
-    """x (..., in) → x Wᵀ + bias (..., out), on packed weights where that is possible."""
+    """x (..., rows, in) → x Wᵀ + bias (..., rows, out), on packed weights where that is possible.
+
+    oneDNN compiles code for every number of rows, and keeps it: prompts have hundreds of lengths, so some rows of zeros
+    are added to have few.
+    """
     if not packable(weight):
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
     def multiply(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return y
+        rows = x.shape[-2]
+        extra = -rows % ROWS_STEP if rows > ROWS else 0
+        filled = F.pad(x, (0, 0, 0, extra)) if extra else x
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(filled, packed, bias, "none", [], "")
+        return y[..., :rows, :] if extra else y
 
     return multiply
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from serving.engine.linears import PackedLinear, SiblingLinear, lay_out, packable
+from serving.engine.linears import PackedLinear, SiblingLinear, lay_out, packable, product
 from tests.support import random_adapter
 from vblora.batched import AdapterSlots, Segment, SlottedLinear
 from vblora.compact import SlotLayout
@@ -62,6 +62,17 @@ def test_a_layer_laid_out_gives_what_slotted_linears_give(bias: bool, dtype: tor
     scale = float(expected.abs().max())
     assert float((expected - base).abs().max()) > 0.2 * scale, "the adapters hardly change anything: this shows nothing"
     assert torch.allclose(fast(x).float(), expected, atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 33, 47, 48])
+@torch.inference_mode()
+def test_a_product_of_any_number_of_rows(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(1, rows, WIDTH, generator=generator).bfloat16()
+    weight, bias = (torch.randn(*size, generator=generator).bfloat16() for size in ((48, WIDTH), (48,)))
+    got, expected = product(weight, bias)(x), x.float() @ weight.float().T + bias.float()
+    assert got.shape == expected.shape
+    assert torch.allclose(got.float(), expected, atol=2e-2 * float(expected.abs().max()), rtol=0)
 
 
 @torch.inference_mode()
