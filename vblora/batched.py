@@ -72,9 +72,10 @@ class AdapterSlots:
         self._views = {bucket: self._module_views(bucket) for bucket in layout.buckets}
         self._known_places: dict[tuple[str, ...], dict[int, Tensor]] = {}
         self._bucket_of: dict[int, int] = {}
-        self._parts: list[_Gathered | _Span] = []
-        self._row_slots: dict[int, Tensor] = {}  # the slot of each row in a bucket, 0 in all others
-        self._num_rows = 0
+        self._segments: list[Segment] = []  # of the step, and what is made of them when it is first asked for:
+        self._parts: list[_Gathered | _Span] | None = None
+        self._row_slots: dict[int, Tensor] | None = None
+        self._num_rows, self._adapted = 0, False
 
     @property
     def nbytes(self) -> int:
@@ -120,25 +121,28 @@ class AdapterSlots:
 
     def set_rows(self, segments: Sequence[Segment]) -> None:
         """Say which slot each row of the next forward uses; the rows lie in the order of `segments`."""
+        self._segments = list(segments)
         self._num_rows = sum(segment.length for segment in segments)
-        self._parts = self._split(segments)
-        slots = torch.tensor([segment.slot for segment in segments], dtype=torch.int32)
-        rows = slots.repeat_interleave(torch.tensor([segment.length for segment in segments]))
-        bucket_of = torch.zeros(self.num_slots, dtype=torch.int32)
-        for slot, bucket in self._bucket_of.items():
-            bucket_of[slot] = bucket
-        self._row_slots = {
-            bucket: torch.where(bucket_of[rows.long()] == bucket, rows, NO_ADAPTER)
-            for bucket in {part.bucket for part in self._parts}
-        }
+        self._adapted = any(segment.slot in self._bucket_of for segment in segments)
+        self._parts = self._row_slots = None
 
-    def _split(self, segments: Sequence[Segment]) -> list[_Gathered | _Span]:
+    def _by_bucket(self) -> dict[int, Tensor]:
+        """For each bucket in the step the slot of every row (rows,), 0 for those that are not of it."""
+        lengths = torch.tensor([segment.length for segment in self._segments])
+        buckets = [self._bucket_of.get(segment.slot, 0) for segment in self._segments]
+        result = {}
+        for bucket in set(buckets) - {0}:
+            slots = [s.slot if of == bucket else NO_ADAPTER for s, of in zip(self._segments, buckets, strict=True)]
+            result[bucket] = torch.tensor(slots, dtype=torch.int32).repeat_interleave(lengths)
+        return result
+
+    def _split(self) -> list[_Gathered | _Span]:
         """The rows that have an adapter, as torch's operations take them."""
         device = self._table.device
         single: dict[int, list[tuple[int, int]]] = defaultdict(list)
         parts: list[_Gathered | _Span] = []
         start = 0
-        for slot, length in segments:
+        for slot, length in self._segments:
             bucket = self._bucket_of.get(slot)
             if bucket is not None and length == 1:
                 single[bucket].append((start, slot))
@@ -156,15 +160,17 @@ class AdapterSlots:
 
         Raises ValueError when the modules see other rows than the batch's (a layer that drops or repeats tokens).
         """
-        if not self._parts:
+        if not self._adapted:
             return y
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if flat_x.shape[0] != self._num_rows:
             raise ValueError(f"{modules[0]} was called with {flat_x.shape[0]} rows in a batch of {self._num_rows}")
         if self._compiled(flat_x, flat_y):
+            self._row_slots = self._by_bucket() if self._row_slots is None else self._row_slots
             for bucket, slots in self._row_slots.items():
                 kernels.add_delta(flat_y, flat_x, self.tables[bucket], slots, self._places(modules)[bucket], bucket)
         else:
+            self._parts = self._split() if self._parts is None else self._parts
             sizes = [self.layout.modules[module].out_features for module in modules]
             for module, columns in zip(modules, flat_y.split(sizes, dim=1), strict=True):
                 for part in self._parts:

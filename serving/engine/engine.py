@@ -148,10 +148,12 @@ class Engine:
                     progress=log.info,
                 )
             )
-        except VBLoRAError as error:
+            engine = cls(base, settings, observer=observer, compute=compute)
+        except BaseException as error:
             compute.stop()
-            raise StartupError(str(error)) from error
-        engine = cls(base, settings, observer=observer, compute=compute)
+            if isinstance(error, VBLoRAError):
+                raise StartupError(str(error)) from error
+            raise
         engine.start()
         return engine
 

@@ -1,4 +1,5 @@
-// CPU kernels of the server's step: adapter deltas, attention of one new token over a paged cache, RMS norms.
+// CPU kernels of the server's step: composing adapters, their deltas, attention of one new token over a paged cache,
+// RMS norms.
 //
 // Each does in one call what torch does in five to fifteen, of which every one costs microseconds. They know tensors,
 // not adapters or requests. The slow references are in vblora/batched.py, serving/engine/attention.py and transformers.
@@ -9,7 +10,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <Python.h>
-#include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -355,6 +355,7 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, con
   check_type(y, "y"), check_type(x, "x"), check_type(table, "table"), check_indices(slots, "slots");
   TORCH_CHECK(modules.is_cpu() && modules.is_contiguous() && modules.scalar_type() == at::kLong, "modules must be int64");
   TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && table.dim() == 2 && slots.dim() == 1 && modules.dim() == 2, "shapes");
+  TORCH_CHECK(modules.size(1) == 2, "modules must be (modules, 2)");
   TORCH_CHECK(x.size(0) == y.size(0) && slots.size(0) == y.size(0), "x, y and slots must have as many rows");
   TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have one dtype");
   TORCH_CHECK(rank > 0 && rank % RANKS == 0, "the rank must be a multiple of 4");
@@ -365,7 +366,7 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, con
     TORCH_CHECK(start >= 0 && width > 0 && start + rank * (x.size(1) + width) <= table.size(1), "no such module");
     outputs += width;
   }
-  TORCH_CHECK(modules.size(1) == 2 && outputs == y.size(1), "the modules must have as many outputs as y");
+  TORCH_CHECK(outputs == y.size(1), "the modules must have as many outputs as y");
   const int32_t* slot = pointer<int32_t>(slots);
   for (int64_t row = 0; row < y.size(0); ++row)
     TORCH_CHECK(slot[row] >= 0 && slot[row] < table.size(0), "no such slot");

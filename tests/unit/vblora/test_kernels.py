@@ -82,6 +82,7 @@ def test_a_row_in_slot_zero_stays_as_it_is() -> None:
         ("modules", torch.tensor([[2000, 96]]), "no such module"),
         ("modules", torch.tensor([[0, 24]]), "as many outputs"),
         ("modules", torch.tensor([[-8, 96]]), "no such module"),
+        ("modules", torch.tensor([[3]]), "modules, 2"),
         ("x", torch.zeros(3, INPUTS, dtype=torch.float64), "x must be float32 or bfloat16"),
         ("table", torch.zeros(SLOTS, 9), "no such module"),
     ],
