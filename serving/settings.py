@@ -79,6 +79,9 @@ class ServerSettings(BaseSettings):
     adapter_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of composed adapters in their slots; `auto` takes the base model's."
     )
+    quantization: Literal["int8"] | None = Field(
+        None, description="`int8` computes the base model's linear layers in 8-bit integers: faster, slightly worse."
+    )
     data_dir: Path = Field(
         default_factory=lambda: user_data_path("vblora-serve", appauthor=False),
         description="Where uploaded adapters and their registry are kept.",
@@ -149,6 +152,7 @@ class ServerSettings(BaseSettings):
             max_rank=self.max_rank,
             adapter_slots=self.adapter_slots,
             adapter_dtype=self.adapter_dtype,
+            quantization=self.quantization,
         )
 
 

@@ -254,7 +254,8 @@ class EngineSettings:
 
     `model` is a hub id, a folder, a `.gguf` file or ``demo``; `dtype` is ``auto``, ``float32``, ``bfloat16`` or
     ``float16``; `adapter_dtype` is that of the composed A and B, ``auto`` the base model's; `adapter_slots` counts slot
-    0 and defaults to `max_batch_size` + 1, so that a request never waits for a slot.
+    0 and defaults to `max_batch_size` + 1, so that a request never waits for a slot. `quantization` is None or
+    ``int8``.
     """
 
     model: str
@@ -272,3 +273,4 @@ class EngineSettings:
     max_rank: int = 16
     adapter_slots: int | None = None
     adapter_dtype: str = "auto"
+    quantization: str | None = None

@@ -69,6 +69,7 @@ class AdapterSlots:
             for bucket in layout.buckets
         }
         self._table = next(iter(self.tables.values()))
+        self._compiled = _row_dtypes(self._table)
         self._views = {bucket: self._module_views(bucket) for bucket in layout.buckets}
         self._known_places: dict[tuple[str, ...], dict[int, Tensor]] = {}
         self._bucket_of: dict[int, int] = {}
@@ -162,26 +163,41 @@ class AdapterSlots:
         """
         if not self._adapted:
             return y
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if flat_x.shape[0] != self._num_rows:
-            raise ValueError(f"{modules[0]} was called with {flat_x.shape[0]} rows in a batch of {self._num_rows}")
-        if self._compiled(flat_x, flat_y):
-            self._row_slots = self._by_bucket() if self._row_slots is None else self._row_slots
-            for bucket, slots in self._row_slots.items():
-                kernels.add_delta(flat_y, flat_x, self.tables[bucket], slots, self._places(modules)[bucket], bucket)
+        if self.compiled_for(x):
+            for delta in self.deltas(modules, x):
+                kernels.add_delta(y, x, delta)
         else:
-            self._parts = self._split() if self._parts is None else self._parts
-            sizes = [self.layout.modules[module].out_features for module in modules]
-            for module, columns in zip(modules, flat_y.split(sizes, dim=1), strict=True):
-                for part in self._parts:
-                    self._add_part(part, *self._views[part.bucket][module], flat_x, columns)
+            self._check_rows(modules, x)
+            self._add_by_parts(modules, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return y
 
-    def _compiled(self, x: Tensor, y: Tensor) -> bool:
-        """Whether the kernel takes these: a table of the rows' dtype, or float32."""
-        if not kernels.usable(x, y, self._table):
-            return False
-        return x.dtype == y.dtype and self._table.dtype in (y.dtype, torch.float32)
+    def compiled_for(self, x: Tensor) -> bool:
+        """Whether the kernel adds deltas to rows such as x."""
+        return kernels.available and x.dtype in self._compiled
+
+    def deltas(self, modules: tuple[str, ...], x: Tensor) -> list[kernels.Delta]:
+        """What `add_delta` adds for x, as the kernel takes it: one for each rank bucket in the batch."""
+        if not self._adapted:
+            return []
+        self._check_rows(modules, x)
+        if self._row_slots is None:
+            self._row_slots = self._by_bucket()
+        places = self._places(modules)
+        return [kernels.Delta(self.tables[bucket], slots, places[bucket], bucket)
+                for bucket, slots in self._row_slots.items()]  # fmt: skip
+
+    def _check_rows(self, modules: tuple[str, ...], x: Tensor) -> None:
+        if x.numel() != self._num_rows * x.shape[-1]:
+            rows = x.numel() // x.shape[-1]
+            raise ValueError(f"{modules[0]} was called with {rows} rows in a batch of {self._num_rows}")
+
+    def _add_by_parts(self, modules: tuple[str, ...], x: Tensor, y: Tensor) -> None:
+        """The same in torch's operations: x is (rows, in), y (rows, Σ out)."""
+        self._parts = self._split() if self._parts is None else self._parts
+        sizes = [self.layout.modules[module].out_features for module in modules]
+        for module, columns in zip(modules, y.split(sizes, dim=1), strict=True):
+            for part in self._parts:
+                self._add_part(part, *self._views[part.bucket][module], x, columns)
 
     def _places(self, modules: tuple[str, ...]) -> dict[int, Tensor]:
         """For each bucket where the modules begin in a slot, and their numbers of outputs: (modules, 2)."""
@@ -201,6 +217,13 @@ class AdapterSlots:
             low = torch.bmm(a[part.slots], rows.unsqueeze(-1)).transpose(1, 2)
             delta = torch.bmm(low, b[part.slots]).squeeze(1)
             y.index_add_(0, part.rows, delta.to(y.dtype))
+
+
+def _row_dtypes(table: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of rows that the kernel adds deltas to from this table: the table's own or, from float32, any."""
+    if not (table.is_cpu and table.dtype in kernels.DTYPES):
+        return ()
+    return kernels.DTYPES if table.dtype == torch.float32 else (table.dtype,)
 
 
 class SlottedLinear(nn.Module):

@@ -6,6 +6,8 @@ They are optional (see `setup.py`): whoever calls one asks `usable` first, and h
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16)
+RANKS = 4  # a rank must be a multiple of it
 INDICES = (torch.uint8, torch.int16, torch.int32)
 
 
@@ -28,21 +31,53 @@ def _load() -> bool:
 
 
 available = _load()
+if available:  # looked up once: each call through `torch.ops` costs microseconds, hundreds of times a step
+    _add_delta = torch.ops.vblora.add_delta_.default
+    _decode_attention = torch.ops.vblora.decode_attention.default
+    _linear = torch.ops.vblora.linear.default
+    _store = torch.ops.vblora.store_.default
+    _quantize_rows = torch.ops.vblora.quantize_rows.default
+    _scale_rows = torch.ops.vblora.scale_rows_.default
+    _rotate = torch.ops.vblora.rotate.default
+    _rms_norm = torch.ops.vblora.rms_norm.default
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels are there and take tensors like these: float32 or bfloat16, on the CPU."""
-    return available and all(tensor.device.type == "cpu" and tensor.dtype in DTYPES for tensor in tensors)
+class Delta(NamedTuple):
+    """What `add_delta` adds: see there."""
+
+    table: Tensor
+    slots: Tensor
+    modules: Tensor
+    rank: int
 
 
-def add_delta(y: Tensor, x: Tensor, table: Tensor, slots: Tensor, modules: Tensor, rank: int) -> None:
-    """Add the deltas of some modules that share their input to `y` (n, Σ out), in place, for rows x (n, in).
+NO_DELTA = (None, None, None, 0)
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether the kernels are there and take tensors like this: float32 or bfloat16, on the CPU."""
+    return available and tensor.is_cpu and tensor.dtype in DTYPES
+
+
+def add_delta(y: Tensor, x: Tensor, delta: Delta) -> None:
+    """Add the deltas of some modules that share their input to `y` (..., Σ out), in place, for n rows x (..., in).
 
     `slots` (n,) int32 names each row's row of `table`, 0 for none. `modules` (modules, 2) int64 says where each one's
     A (rank, in) begins in a row of the table, with B (rank, out) right behind it, and how many outputs it has. y and x
-    have one dtype, the table the same or float32; the rank is a multiple of 4. Sums are float32.
+    have one dtype, the table the same or float32; the rank is a multiple of `RANKS`. Sums are float32.
     """
-    torch.ops.vblora.add_delta_(y, x, table, slots, modules, rank)
+    _add_delta(y, x, *delta)
+
+
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sequence[int], *, few: int, step: int, delta: Delta | None
+) -> list[Tensor]:
+    """x (..., rows, in) → x Wᵀ + bias + its delta, split into parts (..., rows, size), on weights packed for oneDNN.
+
+    More than `few` rows are filled up to a multiple of `step`. The dtypes are as in `add_delta`.
+    """
+    result: list[Tensor] = _linear(x, packed, bias, sizes, few, step, *(delta or NO_DELTA))
+    return result
 
 
 def compose(target: Tensor, indices: Tensor, weights: Tensor, bank: Tensor) -> None:
@@ -51,6 +86,12 @@ def compose(target: Tensor, indices: Tensor, weights: Tensor, bank: Tensor) -> N
     `indices` (n, k) is one of `INDICES`; `weights` (n, k − 1) float32, the last weight being what they leave of one.
     """
     torch.ops.vblora.compose_(target, indices, weights, bank)
+
+
+def store(cache: Tensor, fresh: Tensor, targets: Tensor) -> None:
+    """Write new keys or values (heads, tokens, size) to the positions `targets` (tokens,) int64 of a paged cache
+    (positions, heads, size) of the same dtype."""
+    _store(cache, fresh, targets)
 
 
 def decode_attention(
@@ -71,13 +112,31 @@ def decode_attention(
     keys and values are (positions, key heads, size), `tables` (n, blocks) the blocks of each row, both int32 as
     `lengths`. Returns (n, heads, size of a value). The rest is as in `AttentionOptions`.
     """
-    result: Tensor = torch.ops.vblora.decode_attention(
+    result: Tensor = _decode_attention(
         query, keys, values, tables, lengths, block_size, window or 0, scaling, softcap or 0.0, sinks
     )
     return result
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., width) as int8 of the same shape and a float32 scale a row (..., 1), so that x ≈ int8 · scale."""
+    result: tuple[Tensor, Tensor] = _quantize_rows(x)
+    return result
+
+
+def scale_rows(y: Tensor, scales: Tensor) -> None:
+    """Multiply each row of y (..., width) by its scale (..., 1) float32, in place."""
+    _scale_rows(y, scales)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of x (1, heads, tokens, size): ``x · cos + (−second half, first half) · sin``, cos and sin being
+    (1, tokens, size) of the same dtype."""
+    result: Tensor = _rotate(x, cos, sin)
+    return result
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """``x / sqrt(mean(x²) + epsilon) · weight`` over the last of up to four dimensions; `weight` is float32."""
-    result: Tensor = torch.ops.vblora.rms_norm(x, weight, epsilon)
+    result: Tensor = _rms_norm(x, weight, epsilon)
     return result

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vblora import kernels
 from vblora.bank import VectorBank
 from vblora.checkpoint import LogitsModule, TopKModule
 from vblora.config import VBLoRAConfig
@@ -22,12 +23,35 @@ from vblora.errors import ConfigError
 from vblora.mixture import TopK, compose_all, matrix_a, matrix_b, topk_mixture
 
 Matrices = tuple[Tensor, Tensor]
+ONE_ROW = torch.tensor([1], dtype=torch.int32)  # what a single row tells the kernel: it has an adapter
 BASE_ROWS = "__base__"  # PEFT's name for rows that use no adapter
 
 
 def module_key(adapter_name: str) -> str:
     """A name for torch's containers, which refuse dots and some words; different adapters have different keys."""
     return "adapter_" + quote(adapter_name, safe="").replace(".", "%2E")
+
+
+class Composed:
+    """A and Bᵀ for use without gradients, one behind the other as the compiled kernel wants them."""
+
+    def __init__(self, state: object, a: Tensor, b_transposed: Tensor) -> None:
+        self.state = state  # of what they were made of
+        flat = torch.cat((a.flatten(), b_transposed.flatten()))
+        self.matrices: Matrices = flat[: a.numel()].view_as(a), flat[a.numel() :].view_as(b_transposed)
+        self.dtype = a.dtype
+        table = flat.expand(2, -1)  # the kernel's row 0 stands for no adapter, and is never read
+        self._delta = kernels.Delta(table, ONE_ROW, torch.tensor([[0, b_transposed.shape[1]]]), len(a))
+        self._usable = kernels.usable(flat) and len(a) % kernels.RANKS == 0
+
+    def takes(self, x: Tensor, y: Tensor) -> bool:
+        """Whether `add_to_row` does: one row, in the adapter's dtype."""
+        return self._usable and len(x) == 1 and x.dtype == self.dtype and y.dtype == self.dtype
+
+    def add_to_row(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y + x Aᵀ Bᵀ` in place: x (1, in) and y (1, out)."""
+        kernels.add_delta(y, x, self._delta)
+        return y
 
 
 class LayerAdapter(nn.Module, ABC):
@@ -37,7 +61,7 @@ class LayerAdapter(nn.Module, ABC):
         super().__init__()
         self._bank = (bank,)  # in a tuple, so that torch does not register it once a layer
         self.dropout = dropout
-        self._composed: tuple[object, Matrices] | None = None
+        self._composed: Composed | None = None
         self.given: Matrices | None = None  # composed by the model, for all layers at once
 
     @property
@@ -61,23 +85,32 @@ class LayerAdapter(nn.Module, ABC):
         """A (r, in) and Bᵀ (r, out). Without gradients they are composed once and kept until a tensor changes."""
         if self.given is not None:
             return self.given
+        kept = self._kept()
+        return self._compose() if kept is None else kept.matrices
+
+    def _kept(self) -> Composed | None:
+        """The matrices composed before, or now; None while they may change unseen, or gradients want to know."""
         if torch.compiler.is_compiling():
-            return self._compose()
+            return None
         if torch.is_grad_enabled():
             self._composed = None
-            return self._compose()
+            return None
         state = self._state()
         if state is None:
-            return self._compose()
-        if self._composed is None or self._composed[0] != state:
-            self._composed = state, self._compose()
-        return self._composed[1]
+            return None
+        if self._composed is None or self._composed.state != state:
+            self._composed = Composed(state, *self._compose())
+        return self._composed
 
     def add_delta(self, x: Tensor, y: Tensor, *, in_place: bool = False) -> Tensor:
         """`y + dropout(x) Aᵀ Bᵀ`: x (n, in) and y (n, out) → (n, out), in the wider of the adapter's dtype and y's.
 
         `in_place` allows to change y where the dtype is its own.
         """
+        if in_place and len(x) == 1 and self.given is None and not self.training:
+            kept = self._kept()
+            if kept is not None and kept.takes(x, y):
+                return kept.add_to_row(x, y)
         a, b_transposed = self.matrices()
         if x.dtype != a.dtype:
             x = x.to(a.dtype)

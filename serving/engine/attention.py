@@ -109,9 +109,11 @@ class PagedLayer:
         """Write the step's keys and values (1, kv heads, tokens, size), then attend: (1, tokens, heads, size)."""
         step = self.step
         assert step is not None, "a forward outside of a step"
-        self.keys[step.targets] = key[0].transpose(0, 1).to(self.keys.dtype)
-        self.values[step.targets] = value[0].transpose(0, 1).to(self.values.dtype)
+        self._store(self.keys, key[0], step.targets)
+        self._store(self.values, value[0], step.targets)
         queries = query[0].transpose(0, 1)
+        if step.num_decoding == len(step.spans):
+            return self._attend_decoding(step, queries, options)[None]
         outputs = []
         if step.num_decoding:
             outputs.append(self._attend_decoding(step, queries[: step.num_decoding], options))
@@ -125,9 +127,17 @@ class PagedLayer:
             start = end
         return torch.cat(outputs)[None]
 
+    @staticmethod
+    def _store(cache: Tensor, fresh: Tensor, targets: Tensor) -> None:
+        """Write the step's keys or values (kv heads, tokens, size) to their positions."""
+        if kernels.usable(cache) and fresh.dtype == cache.dtype and fresh.stride(-1) == 1:
+            kernels.store(cache, fresh, targets)
+        else:
+            cache[targets] = fresh.transpose(0, 1).to(cache.dtype)
+
     def _attend_decoding(self, step: AttentionStep, queries: Tensor, options: AttentionOptions) -> Tensor:
         """One query a row: (n, heads, size) → (n, heads, size of a value)."""
-        if kernels.usable(queries, self.keys) and queries.dtype == self.keys.dtype:
+        if kernels.usable(self.keys) and queries.dtype == self.keys.dtype and queries.stride(-1) == 1:
             return kernels.decode_attention(
                 queries, self.keys, self.values, step.tables, step.lengths, block_size=step.block_size,
                 window=options.window, scaling=options.scaling, softcap=options.softcap, sinks=options.sinks,
@@ -137,8 +147,7 @@ class PagedLayer:
         return grouped_attention(queries[:, None], keys, values, gather.mask[:, None], options)[:, 0]
 
 
-@dataclass(frozen=True)
-class AttentionOptions:
+class AttentionOptions(NamedTuple):
     """What a model asks of its attention: a window of positions, soft-capped scores, attention sinks (heads,)."""
 
     scaling: float

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from serving.engine.quantization import Int8Product
+from vblora import kernels
 from vblora.batched import AdapterSlots, attach_slots
 
-Product = Callable[[Tensor], Tensor]
 ROWS = 32  # of the input that a packed layout is made for; it takes any other number
 ROWS_STEP = 16  # beyond that many rows, their number is filled up to a multiple of this
 
@@ -28,24 +29,33 @@ def packable(weight: Tensor) -> bool:
     )
 
 
-def product(weight: Tensor, bias: Tensor | None) -> Product:
+class Product:
     """x (..., rows, in) → x Wᵀ + bias (..., rows, out), on packed weights where that is possible.
 
     oneDNN compiles code for every number of rows, and keeps it: prompts have hundreds of lengths, so some rows of zeros
     are added to have few.
     """
-    if not packable(weight):
-        return lambda x: F.linear(x, weight, bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
-    def multiply(x: Tensor) -> Tensor:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._bias = bias
+        self.adds_deltas = packed = packable(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.adds_deltas:
+            return F.linear(x, self._weight, self._bias)
         rows = x.shape[-2]
         extra = -rows % ROWS_STEP if rows > ROWS else 0
         filled = F.pad(x, (0, 0, 0, extra)) if extra else x
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(filled, packed, bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(filled, self._weight, self._bias, "none", [], "")
         return y[..., :rows, :] if extra else y
 
-    return multiply
+    def parts(self, x: Tensor, sizes: Sequence[int], delta: kernels.Delta | None) -> list[Tensor]:
+        """The same by the compiled kernels, with a delta and cut into parts: only of packed weights."""
+        return kernels.linear(x, self._weight, self._bias, sizes, few=ROWS, step=ROWS_STEP, delta=delta)
+
+
+MakeProduct = Callable[[Tensor, Tensor | None], Product | Int8Product]
 
 
 class Siblings:
@@ -54,7 +64,9 @@ class Siblings:
     Holds the input, so that no other tensor can take its place, until each has its output.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], names: Sequence[str], slots: AdapterSlots) -> None:
+    def __init__(
+        self, linears: Sequence[nn.Linear], names: Sequence[str], slots: AdapterSlots, product: MakeProduct
+    ) -> None:
         self._sizes = [linear.out_features for linear in linears]
         self._names, self._slots = tuple(names), slots
         self._product = product(*_stacked(linears))
@@ -63,17 +75,25 @@ class Siblings:
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """The output (..., out) of layer `index` for the input x (..., in)."""
+        if len(self._sizes) == 1:
+            return self._compute(x)[0]
         if x is not self._input or self._outputs[index] is None:
-            y = self._slots.add_delta(self._names, x, self._product(x))
-            if len(self._sizes) == 1:
-                return y
-            self._input, self._outputs = x, list(y.split(self._sizes, dim=-1))
+            self._input, self._outputs = x, list(self._compute(x))
         output = self._outputs[index]
         assert output is not None
         self._outputs[index] = None
         if not any(other is not None for other in self._outputs):
             self._input = None
         return output
+
+    def _compute(self, x: Tensor) -> Sequence[Tensor]:
+        if isinstance(self._product, Product) and self._product.adds_deltas and self._slots.compiled_for(x):
+            deltas = self._slots.deltas(self._names, x)
+            if len(deltas) <= 1:
+                return self._product.parts(x, self._sizes, deltas[0] if deltas else None)
+        y = self._slots.add_delta(self._names, x, self._product(x))
+        parts: Sequence[Tensor] = y.split(self._sizes, dim=-1)
+        return parts
 
 
 class SiblingLinear(nn.Module):
@@ -88,9 +108,9 @@ class SiblingLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on packed weights, without adapters."""
+    """A linear layer on packed or quantised weights, without adapters."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, product: MakeProduct = Product) -> None:
         super().__init__()
         self._product = product(*_stacked([linear]))
 
@@ -99,8 +119,11 @@ class PackedLinear(nn.Module):
 
 
 @torch.inference_mode()
-def lay_out(model: nn.Module, groups: Sequence[Sequence[str]], slots: AdapterSlots) -> None:
-    """Replace the linear layers of `model`: those of the slots' layout get adapters, and plain ones packed weights.
+def lay_out(
+    model: nn.Module, groups: Sequence[Sequence[str]], slots: AdapterSlots, product: MakeProduct = Product
+) -> None:
+    """Replace the linear layers of `model`: those of the slots' layout get adapters, and plain ones packed weights, or
+    what else `product` makes of them.
 
     `groups` are the names of layers that share an input. A layer whose weight is the embedding's too leaves it there,
     beside a packed copy.
@@ -110,13 +133,13 @@ def lay_out(model: nn.Module, groups: Sequence[Sequence[str]], slots: AdapterSlo
         linears = [_plain(model.get_submodule(f"{name}.base_layer")) for name in group if name in slots.layout.modules]
         known = [linear for linear in linears if linear is not None]
         if len(known) == len(group) and _alike(known):
-            siblings = Siblings(known, group, slots)
+            siblings = Siblings(known, group, slots, product)
             for index, name in enumerate(group):
                 _replace(model, name, SiblingLinear(siblings, index))
     for name, module in list(model.named_modules()):
         linear = _plain(module)
-        if linear is not None and packable(linear.weight):
-            _replace(model, name, PackedLinear(linear))
+        if linear is not None and (product is not Product or packable(linear.weight)):
+            _replace(model, name, PackedLinear(linear, product))
 
 
 def _plain(module: nn.Module) -> nn.Linear | None:

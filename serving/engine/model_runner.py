@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from serving.engine.attention import ATTRIBUTE, AttentionStep, PagedLayer, Span
 from serving.engine.compatibility import (
+    ForwardRecord,
     check_configuration,
     check_packed,
     fix_frequencies,
@@ -22,9 +23,11 @@ from serving.engine.compatibility import (
     text_config,
     use_paged_attention,
 )
-from serving.engine.linears import lay_out
+from serving.engine.linears import MakeProduct, Product, lay_out
 from serving.engine.norms import fuse_norms
+from serving.engine.quantization import Int8Product, check_quantization
 from serving.engine.request import Fill, StepPlan
+from serving.engine.rotary import fuse_rotary
 from serving.errors import StartupError
 from serving.types import EngineSettings
 from vblora.batched import AdapterSlots, Segment
@@ -45,6 +48,7 @@ class ModelRunner:
         self.model = model  # in eval mode, as loaded
         self.block_size = settings.block_size
         check_configuration(model)
+        check_quantization(settings.quantization, model.device, model.dtype)
         fix_frequencies(model, self._wanted_length(settings))
         separate = separate_logits(model)
         use_paged_attention(model)
@@ -56,8 +60,6 @@ class ModelRunner:
             dtype=model.dtype if settings.adapter_dtype == "auto" else getattr(torch, settings.adapter_dtype),
             device=model.device,
         )
-        lay_out(model, record.sharing_input(), self.slots)
-        fuse_norms(model)
         shapes = list(record.attention.values())
         self.bytes_per_token = sum(key.numel() + value.numel() for key, value in shapes) * model.dtype.itemsize
         self.num_blocks, self.max_model_len = self._fit_cache(settings)
@@ -68,7 +70,17 @@ class ModelRunner:
             setattr(module, ATTRIBUTE, layer)
             self._layers.append(layer)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        check_packed(model, self._probe(), separate)
+        if settings.quantization is None:
+            self._lay_out(record, Product)
+        check_packed(model, self._probe(), separate)  # on arbitrary tokens, where 8 bits change more than on text
+        if settings.quantization is not None:
+            self._lay_out(record, Int8Product)
+
+    def _lay_out(self, record: ForwardRecord, product: MakeProduct) -> None:
+        """Put the layers of the engine in the places of the model's."""
+        lay_out(self.model, record.sharing_input(), self.slots, product)
+        fuse_norms(self.model)
+        fuse_rotary(record.attention)
 
     def _fit_cache(self, settings: EngineSettings) -> tuple[int, int]:
         """Blocks that fit the memory, and the longest request allowed: one of that length must fit them."""

@@ -22,6 +22,10 @@ NUCLEUS_GUESS = 1024  # tokens looked at first for top_p, before sorting the who
 
 def sample(logits: Tensor, states: Sequence[RequestState], end_of_text: frozenset[int]) -> list[int | None]:
     """The next token of each request from its row of `logits` (n, vocabulary); None where the row is not finite."""
+    if all(state.request.sampling.temperature == 0 and not changes_logits(state) for state in states):
+        best = argmax(logits)
+        finite = logits[torch.arange(len(logits), device=logits.device), best].isfinite()
+        return [token if ok else None for token, ok in zip(best.tolist(), finite.tolist(), strict=True)]
     rows = list(logits)
     for index, state in enumerate(states):
         if changes_logits(state):

@@ -1,5 +1,5 @@
 // CPU kernels of the server's step: composing adapters, their deltas, attention of one new token over a paged cache,
-// RMS norms.
+// RMS norms, rotary positions.
 //
 // Each does in one call what torch does in five to fifteen, of which every one costs microseconds. They know tensors,
 // not adapters or requests. The slow references are in vblora/batched.py, serving/engine/attention.py and transformers.
@@ -8,6 +8,9 @@
 // best one that this machine has; what it calls must be inlined into it to be compiled so too.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/List.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <Python.h>
 #include <torch/library.h>
@@ -16,6 +19,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #ifdef _OPENMP
@@ -181,7 +185,8 @@ constexpr int64_t HEADS = 4;  // query heads of one key head that are looked at 
 template <typename T>
 struct Decode {
   T* output;       // (rows, heads, value size), without gaps
-  const T* query;  // (rows, heads, key size), without gaps
+  const T* query;  // (rows, heads, key size), a head without gaps
+  int64_t row_stride, head_stride;
   Rows<const T> keys, values;  // a row a position: (key heads, size)
   const int32_t* tables;       // (rows, blocks)
   const int32_t* lengths;      // positions of each row that are filled
@@ -198,8 +203,10 @@ INLINE void decode_pass(const Decode<T>& job, int64_t row, int64_t key_head, int
   const int32_t* table = job.tables + row * job.blocks;
   scratch.resize(HEADS * (job.key_size + job.value_size + number));
   float *query = scratch.data(), *sums = query + HEADS * job.key_size, *scores = sums + HEADS * job.value_size;
-  for (int64_t i = 0; i < width * job.key_size; ++i)
-    query[i] = widen(job.query[(row * job.heads + head) * job.key_size + i]) * job.scaling;
+  for (int64_t h = 0; h < width; ++h) {
+    const T* from = job.query + row * job.row_stride + (head + h) * job.head_stride;
+    for (int64_t i = 0; i < job.key_size; ++i) query[h * job.key_size + i] = widen(from[i]) * job.scaling;
+  }
   std::fill(query + width * job.key_size, query + HEADS * job.key_size, 0.0f);
   const float *q0 = query, *q1 = q0 + job.key_size, *q2 = q1 + job.key_size, *q3 = q2 + job.key_size;
   for (int64_t j = 0; j < number; ++j) {
@@ -297,6 +304,94 @@ CLONES void norm_rows_b(const Norm<Bits16>& job, int64_t begin, int64_t end) { n
 void run(const Norm<float>& job, int64_t begin, int64_t end) { norm_rows_f(job, begin, end); }
 void run(const Norm<Bits16>& job, int64_t begin, int64_t end) { norm_rows_b(job, begin, end); }
 
+// ---- Rows as 8-bit integers, each with a scale of its own: x ≈ q · scale.
+
+template <typename T>
+struct Quantization {
+  int8_t* output;  // (rows, width)
+  float* scales;   // (rows,)
+  const T* x;
+  int64_t width;
+};
+
+template <typename T>
+INLINE void quantize_range(const Quantization<T>& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = job.x + row * job.width;
+    int8_t* output = job.output + row * job.width;
+    float highest = 0;
+#pragma omp simd reduction(max : highest)
+    for (int64_t i = 0; i < job.width; ++i) highest = std::max(highest, std::fabs(widen(x[i])));
+    job.scales[row] = highest / 127;
+    const float factor = highest > 0 ? 127 / highest : 0;
+#pragma omp simd
+    for (int64_t i = 0; i < job.width; ++i) output[i] = static_cast<int8_t>(std::nearbyint(widen(x[i]) * factor));
+  }
+}
+
+CLONES void quantize_range_f(const Quantization<float>& job, int64_t begin, int64_t end) { quantize_range(job, begin, end); }
+CLONES void quantize_range_b(const Quantization<Bits16>& job, int64_t begin, int64_t end) { quantize_range(job, begin, end); }
+
+void run(const Quantization<float>& job, int64_t begin, int64_t end) { quantize_range_f(job, begin, end); }
+void run(const Quantization<Bits16>& job, int64_t begin, int64_t end) { quantize_range_b(job, begin, end); }
+
+template <typename T>
+struct Scaling {
+  T* y;  // (rows, width)
+  const float* scales;
+  int64_t width;
+};
+
+template <typename T>
+INLINE void scale_range(const Scaling<T>& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    T* y = job.y + row * job.width;
+    const float scale = job.scales[row];
+#pragma omp simd
+    for (int64_t i = 0; i < job.width; ++i) narrow(widen(y[i]) * scale, y[i]);
+  }
+}
+
+CLONES void scale_range_f(const Scaling<float>& job, int64_t begin, int64_t end) { scale_range(job, begin, end); }
+CLONES void scale_range_b(const Scaling<Bits16>& job, int64_t begin, int64_t end) { scale_range(job, begin, end); }
+
+void run(const Scaling<float>& job, int64_t begin, int64_t end) { scale_range_f(job, begin, end); }
+void run(const Scaling<Bits16>& job, int64_t begin, int64_t end) { scale_range_b(job, begin, end); }
+
+// ---- Rotary positions: each half of a head turned against the other, x · cos + (−second half, first half) · sin.
+
+template <typename T>
+struct Rotation {
+  T* output;  // (tokens, heads, size), without gaps
+  const T* x;
+  const T *cos, *sin;  // (tokens, size), without gaps
+  int64_t heads, size, head_stride, token_stride;
+};
+
+template <typename T>
+INLINE void rotate_tokens(const Rotation<T>& job, int64_t begin, int64_t end) {
+  const int64_t half = job.size / 2;
+  for (int64_t token = begin; token < end; ++token) {
+    const T *cos = job.cos + token * job.size, *sin = job.sin + token * job.size;
+    for (int64_t head = 0; head < job.heads; ++head) {
+      const T* x = job.x + head * job.head_stride + token * job.token_stride;
+      T* output = job.output + (token * job.heads + head) * job.size;
+#pragma omp simd
+      for (int64_t i = 0; i < half; ++i) {
+        const float first = widen(x[i]), second = widen(x[i + half]);
+        narrow(first * widen(cos[i]) - second * widen(sin[i]), output[i]);
+        narrow(second * widen(cos[i + half]) + first * widen(sin[i + half]), output[i + half]);
+      }
+    }
+  }
+}
+
+CLONES void rotate_tokens_f(const Rotation<float>& job, int64_t begin, int64_t end) { rotate_tokens(job, begin, end); }
+CLONES void rotate_tokens_b(const Rotation<Bits16>& job, int64_t begin, int64_t end) { rotate_tokens(job, begin, end); }
+
+void run(const Rotation<float>& job, int64_t begin, int64_t end) { rotate_tokens_f(job, begin, end); }
+void run(const Rotation<Bits16>& job, int64_t begin, int64_t end) { rotate_tokens_b(job, begin, end); }
+
 // ---- From tensors to the above.
 
 // Runs all items, shared among torch's threads where the work is worth it.
@@ -350,11 +445,13 @@ void add_delta_of(const at::Tensor& y, const at::Tensor& x, const at::Tensor& ta
   parallel(job, y.size(0), rank * (job.number * job.inputs + y.size(1)));
 }
 
-void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, const at::Tensor& slots,
+void add_delta_(at::Tensor& y_, const at::Tensor& x_, const at::Tensor& table, const at::Tensor& slots,
                 const at::Tensor& modules, int64_t rank) {
-  check_type(y, "y"), check_type(x, "x"), check_type(table, "table"), check_indices(slots, "slots");
+  check_type(y_, "y"), check_type(x_, "x"), check_type(table, "table"), check_indices(slots, "slots");
+  const at::Tensor y = y_.dim() == 2 ? y_ : y_.view({-1, y_.size(-1)});
+  const at::Tensor x = x_.dim() == 2 ? x_ : x_.reshape({-1, x_.size(-1)});
   TORCH_CHECK(modules.is_cpu() && modules.is_contiguous() && modules.scalar_type() == at::kLong, "modules must be int64");
-  TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && table.dim() == 2 && slots.dim() == 1 && modules.dim() == 2, "shapes");
+  TORCH_CHECK(table.dim() == 2 && slots.dim() == 1 && modules.dim() == 2, "shapes");
   TORCH_CHECK(modules.size(1) == 2, "modules must be (modules, 2)");
   TORCH_CHECK(x.size(0) == y.size(0) && slots.size(0) == y.size(0), "x, y and slots must have as many rows");
   TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have one dtype");
@@ -378,6 +475,27 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& table, con
   } else {
     add_delta_of<Bits16, float>(y, x, table, slots, modules, rank);
   }
+}
+
+// x Wᵀ + bias on weights that oneDNN has packed, then the deltas as above, cut into the outputs of its modules.
+//
+// oneDNN compiles code for every number of rows and keeps it: beyond `few` rows their number is filled up to a multiple
+// of `step`, so that there are few numbers.
+std::vector<at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                               const std::vector<int64_t>& sizes, int64_t few, int64_t step,
+                               const std::optional<at::Tensor>& table, const std::optional<at::Tensor>& slots,
+                               const std::optional<at::Tensor>& modules, int64_t rank) {
+  using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view,
+                            c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
+  static const auto packed_linear =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
+  const int64_t rows = x.size(-2), extra = rows > few ? (step - rows % step) % step : 0;
+  const at::Tensor filled = extra ? at::constant_pad_nd(x, {0, 0, 0, extra}) : x;
+  at::Tensor y = packed_linear.call(filled, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+  if (extra) y = y.narrow(-2, 0, rows);
+  if (table) add_delta_(y, x, *table, *slots, *modules, rank);
+  if (sizes.size() == 1) return {y};
+  return y.split_with_sizes(sizes, -1);
 }
 
 template <typename I, typename W>
@@ -417,6 +535,32 @@ void compose_(at::Tensor& target, const at::Tensor& indices, const at::Tensor& w
     compose_into<float>(target, indices, weights, bank);
 }
 
+// New keys or values (heads, tokens, size) into their places in a paged cache (positions, heads, size).
+template <typename T>
+void store_of(const at::Tensor& cache, const at::Tensor& fresh, const int64_t* targets) {
+  const int64_t heads = fresh.size(0), size = fresh.size(2);
+  const T* from = pointer<T>(fresh);
+  T* to = target<T>(cache);
+  for (int64_t token = 0; token < fresh.size(1); ++token)
+    for (int64_t head = 0; head < heads; ++head)
+      std::copy_n(from + head * fresh.stride(0) + token * fresh.stride(1), size, to + (targets[token] * heads + head) * size);
+}
+
+void store_(const at::Tensor& cache, const at::Tensor& fresh, const at::Tensor& targets) {
+  check_type(cache, "cache"), check_type(fresh, "fresh");
+  TORCH_CHECK(cache.dim() == 3 && fresh.dim() == 3 && targets.dim() == 1 && cache.is_contiguous(), "shapes");
+  TORCH_CHECK(targets.is_cpu() && targets.is_contiguous() && targets.scalar_type() == at::kLong, "targets must be int64");
+  TORCH_CHECK(cache.scalar_type() == fresh.scalar_type(), "cache and fresh must have one dtype");
+  TORCH_CHECK(fresh.size(0) == cache.size(1) && fresh.size(2) == cache.size(2) && fresh.size(1) == targets.size(0), "sizes");
+  const int64_t* target = pointer<int64_t>(targets);
+  for (int64_t i = 0; i < targets.size(0); ++i)
+    TORCH_CHECK(target[i] >= 0 && target[i] < cache.size(0), "no such position");
+  if (is_bfloat16(cache))
+    store_of<Bits16>(cache, fresh, target);
+  else
+    store_of<float>(cache, fresh, target);
+}
+
 struct DecodeOptions {
   int64_t block_size, window;
   double scaling, softcap;
@@ -426,7 +570,7 @@ template <typename T>
 void decode_of(at::Tensor& output, const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                const at::Tensor& tables, const at::Tensor& lengths, const float* sinks, const DecodeOptions& options) {
   const Decode<T> job{
-      target<T>(output), pointer<T>(query), {pointer<T>(keys), keys.stride(0)}, {pointer<T>(values), values.stride(0)},
+      target<T>(output), pointer<T>(query), query.stride(0), query.stride(1), {pointer<T>(keys), keys.stride(0)}, {pointer<T>(values), values.stride(0)},
       pointer<int32_t>(tables), pointer<int32_t>(lengths), sinks, query.size(1), keys.size(1), keys.size(2),
       values.size(2), tables.size(1), options.block_size, options.window, static_cast<float>(options.scaling),
       static_cast<float>(options.softcap)};
@@ -459,7 +603,6 @@ at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& keys, con
       TORCH_CHECK(block >= 0 && (block + 1) * block_size <= keys.size(0), "no such block");
     }
   }
-  const at::Tensor rows = query.contiguous();
   at::Tensor sink;
   if (sinks) {
     sink = sinks->to(at::kFloat).contiguous();
@@ -469,9 +612,9 @@ at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& keys, con
   const float* sink_data = sinks ? pointer<float>(sink) : nullptr;
   const DecodeOptions options{block_size, window, scaling, softcap};
   if (is_bfloat16(query))
-    decode_of<Bits16>(output, rows, keys, values, tables, lengths, sink_data, options);
+    decode_of<Bits16>(output, query, keys, values, tables, lengths, sink_data, options);
   else
-    decode_of<float>(output, rows, keys, values, tables, lengths, sink_data, options);
+    decode_of<float>(output, query, keys, values, tables, lengths, sink_data, options);
   return output;
 }
 
@@ -499,6 +642,57 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilo
   return output;
 }
 
+template <typename T>
+void quantize_of(const at::Tensor& output, const at::Tensor& scales, const at::Tensor& x) {
+  const Quantization<T> job{target<int8_t>(output), target<float>(scales), pointer<T>(x), x.size(-1)};
+  parallel(job, scales.numel(), 4 * job.width);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x_) {
+  check_type(x_, "x");
+  const at::Tensor x = x_.contiguous();
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = 1;
+  const at::Tensor output = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  const at::Tensor scales = at::empty(sizes, x.options().dtype(at::kFloat));
+  if (is_bfloat16(x))
+    quantize_of<Bits16>(output, scales, x);
+  else
+    quantize_of<float>(output, scales, x);
+  return {output, scales};
+}
+
+void scale_rows_(const at::Tensor& y, const at::Tensor& scales) {
+  check_type(y, "y"), check_type(scales, "scales");
+  TORCH_CHECK(y.is_contiguous() && scales.is_contiguous() && !is_bfloat16(scales), "y and float32 scales without gaps");
+  TORCH_CHECK(scales.numel() * y.size(-1) == y.numel(), "a scale for each row");
+  if (is_bfloat16(y))
+    parallel(Scaling<Bits16>{target<Bits16>(y), pointer<float>(scales), y.size(-1)}, scales.numel(), y.size(-1));
+  else
+    parallel(Scaling<float>{target<float>(y), pointer<float>(scales), y.size(-1)}, scales.numel(), y.size(-1));
+}
+
+template <typename T>
+void rotate_of(const at::Tensor& output, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  const Rotation<T> job{target<T>(output), pointer<T>(x), pointer<T>(cos), pointer<T>(sin), x.size(1), x.size(3),
+                        x.stride(1), x.stride(2)};
+  parallel(job, x.size(2), 4 * job.heads * job.size);
+}
+
+at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  check_type(x, "x"), check_type(cos, "cos"), check_type(sin, "sin");
+  TORCH_CHECK(x.dim() == 4 && x.size(0) == 1 && x.size(3) % 2 == 0, "x must be (1, heads, tokens, size), an even size");
+  TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous() && cos.sizes() == sin.sizes(), "cos and sin");
+  TORCH_CHECK(cos.size(-1) == x.size(3) && cos.numel() == x.size(2) * x.size(3), "an angle for each token");
+  TORCH_CHECK(x.scalar_type() == cos.scalar_type() && x.scalar_type() == sin.scalar_type(), "dtypes");
+  const at::Tensor output = at::empty({x.size(2), x.size(1), x.size(3)}, x.options());
+  if (is_bfloat16(x))
+    rotate_of<Bits16>(output, x, cos, sin);
+  else
+    rotate_of<float>(output, x, cos, sin);
+  return output.transpose(0, 1).unsqueeze(0);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(vblora, library) {
@@ -507,6 +701,13 @@ TORCH_LIBRARY(vblora, library) {
   library.def(
       "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor lengths, int block_size, "
       "int window, float scaling, float softcap, Tensor? sinks) -> Tensor");
+  library.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, int[] sizes, int few, int step, Tensor? table, Tensor? slots, "
+      "Tensor? modules, int rank) -> Tensor[]");
+  library.def("store_(Tensor(a!) cache, Tensor fresh, Tensor targets) -> ()");
+  library.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
+  library.def("scale_rows_(Tensor(a!) y, Tensor scales) -> ()");
+  library.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
 }
 
@@ -514,8 +715,15 @@ TORCH_LIBRARY_IMPL(vblora, CPU, library) {
   library.impl("add_delta_", &add_delta_);
   library.impl("compose_", &compose_);
   library.impl("decode_attention", &decode_attention);
+  library.impl("store_", &store_);
+  library.impl("quantize_rows", &quantize_rows);
+  library.impl("scale_rows_", &scale_rows_);
+  library.impl("rotate", &rotate);
   library.impl("rms_norm", &rms_norm);
 }
+
+// Packed weights are tensors of a kind of their own.
+TORCH_LIBRARY_IMPL(vblora, MkldnnCPU, library) { library.impl("linear", &linear); }
 
 // Importing the module loads the library, which registers the operations; there is nothing in it.
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from serving.engine import Engine
+from serving.engine.linears import PackedLinear, SiblingLinear
 from serving.errors import (
     ContextLengthExceeded,
     Draining,
@@ -159,6 +161,19 @@ def test_an_adapter_that_gives_no_numbers_harms_only_itself(engine: Engine) -> N
     answers = engine.generate([request(), request(revision=broken), request()])
     assert [answer.finish_reason for answer in answers] == ["length", "error", "length"]
     assert answers[0] == answers[2] == quiet
+
+
+def test_in_8_bits_a_request_gets_with_others_what_it_gets_alone() -> None:
+    engine = tiny_engine(quantization="int8")
+    engine.start()
+    kinds = {type(module) for module in engine.runner.model.modules()}
+    assert nn.Linear not in kinds and {SiblingLinear, PackedLinear} <= kinds
+    adapter = engine.load_adapter(random_adapter(tiny_model(), rank=4, seed=1))
+    given = [request(revision=revision, max_tokens=12) for revision in (adapter, None, adapter)]
+    alone = [engine.generate([one])[0].token_ids for one in given]
+    assert alone[0] != alone[1], "the adapter changes nothing: this shows nothing"
+    assert [answer.token_ids for answer in engine.generate(given)] == alone
+    engine.close()
 
 
 def test_bounds_are_told_by_class(engine: Engine) -> None:

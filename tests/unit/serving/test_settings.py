@@ -130,6 +130,7 @@ def test_the_engine_gets_what_was_set() -> None:
         "max_rank": 9,
         "adapter_slots": 10,
         "adapter_dtype": "float16",
+        "quantization": "int8",
     }
     engine = load(**given).to_engine_settings()
     assert {name: getattr(engine, name) for name in given} == given

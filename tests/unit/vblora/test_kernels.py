@@ -32,6 +32,10 @@ def case(rows: int, dtype: torch.dtype, table_dtype: torch.dtype) -> dict[str, T
     }
 
 
+def add_delta(given: dict[str, Tensor]) -> None:
+    kernels.add_delta(given["y"], given["x"], kernels.Delta(given["table"], given["slots"], given["modules"], RANK))
+
+
 def expected(y: Tensor, x: Tensor, table: Tensor, slots: Tensor, modules: Tensor) -> Tensor:
     result, column = y.double(), 0
     for start, outputs in modules.tolist():
@@ -59,7 +63,7 @@ def test_deltas_of_modules_that_share_their_input(
 ) -> None:
     given = case(rows, dtype, table_dtype)
     wanted, beside = expected(**given), given["y"]._base[:, sum(OUTPUTS) :].clone()
-    kernels.add_delta(**given, rank=RANK)
+    add_delta(given)
     assert torch.allclose(given["y"].double(), wanted, atol=tolerance * float(wanted.abs().max()), rtol=0)
     assert torch.equal(given["y"]._base[:, sum(OUTPUTS) :], beside)
 
@@ -68,7 +72,7 @@ def test_a_row_in_slot_zero_stays_as_it_is() -> None:
     given = case(3, torch.bfloat16, torch.float32)
     given["slots"].zero_()
     before = given["y"].clone()
-    kernels.add_delta(**given, rank=RANK)
+    add_delta(given)
     assert torch.equal(given["y"], before)
 
 
@@ -90,7 +94,7 @@ def test_a_row_in_slot_zero_stays_as_it_is() -> None:
 def test_what_would_read_outside_of_a_tensor_is_refused(name: str, value: Tensor, message: str) -> None:
     given = case(3, torch.float32, torch.float32) | {name: value}
     with pytest.raises(RuntimeError, match=message):
-        kernels.add_delta(**given, rank=RANK)
+        add_delta(given)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -144,14 +148,58 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) 
         assert torch.allclose(got.double(), wanted, atol=tolerance * float(wanted.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_new_keys_go_to_their_places_in_the_cache(dtype: torch.dtype) -> None:
+    """Heads come first in what the model gives, and need not lie one behind the other."""
+    fresh = torch.randn(1, 4, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(1, 2)[0]
+    cache, targets = torch.zeros(32, 2, 8, dtype=dtype), torch.tensor([31, 0, 7, 8])
+    kernels.store(cache, fresh, targets)
+    assert torch.equal(cache[targets], fresh.transpose(0, 1))
+    assert cache.count_nonzero() == fresh.count_nonzero()
+    for wrong in (32, -1):
+        with pytest.raises(RuntimeError, match="no such position"):
+            kernels.store(cache, fresh, torch.tensor([0, 1, 2, wrong]))
+
+
+@pytest.mark.parametrize("rows", [(3,), (1, 700)], ids=str)
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_rows_as_8_bit_integers(rows: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Each by its own scale: the smallest row is as exact, for its size, as the largest; zeros stay zeros."""
+    x = torch.randn(*rows, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[..., 0, :] *= 1000
+    x[..., 1, :] = 0
+    integers, scales = kernels.quantize_rows(x)
+    assert integers.dtype == torch.int8 and integers.shape == x.shape and scales.shape == (*rows, 1)
+    error = (integers * scales - x.float()).abs().amax(-1)
+    assert (error <= 0.505 * x.float().abs().amax(-1) / 127).all()
+    assert not scales[..., 1, :].any() and not integers[..., 1, :].any()
+    y = integers.to(dtype)
+    kernels.scale_rows(y, scales)
+    assert torch.allclose(y.float(), integers * scales, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rotary_positions(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 70, 3, 16, generator=generator).to(dtype).transpose(1, 2)
+    cos, sin = (torch.randn(1, 70, 16, generator=generator).to(dtype) for _ in range(2))
+    first, second = x.double().chunk(2, dim=-1)
+    wanted = x.double() * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    got = kernels.rotate(x, cos, sin)
+    assert got.dtype == dtype and got.shape == x.shape
+    assert torch.allclose(got.double(), wanted, atol=tolerance * float(wanted.abs().max()), rtol=0)
+    with pytest.raises(RuntimeError, match="an angle for each token"):
+        kernels.rotate(x, cos[:, :69].contiguous(), sin[:, :69].contiguous())
+
+
 def test_nothing_that_is_not_a_number_is_hidden() -> None:
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]], dtype=torch.bfloat16)
     assert kernels.rms_norm(x, torch.ones(2), 1e-6).isnan().any(dim=1).all()
 
 
 def test_dtypes_and_devices_that_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.usable(torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16))
-    assert not kernels.usable(torch.zeros(1), torch.zeros(1, dtype=torch.float16))
+    assert kernels.usable(torch.zeros(1)) and kernels.usable(torch.zeros(1, dtype=torch.bfloat16))
+    assert not kernels.usable(torch.zeros(1, dtype=torch.float16))
     assert not kernels.usable(torch.zeros(1, device="meta"))
     monkeypatch.setattr(kernels, "available", False)
     assert not kernels.usable(torch.zeros(1))

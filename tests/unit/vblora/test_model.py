@@ -130,6 +130,25 @@ def test_composed_matrices_are_kept_until_a_tensor_changes(model: VBLoRAModel) -
     assert torch.isfinite(inside).all()
 
 
+@pytest.mark.usefixtures("either_kernels")
+@pytest.mark.parametrize("rank", [4, 3])
+@torch.no_grad()
+def test_a_single_row_gives_what_it_gives_among_others(rank: int) -> None:
+    """Where the kernel takes a rank, a single row goes through it, and what is changed later is seen."""
+    torch.manual_seed(0)
+    model = get_vblora_model(nn.Sequential(nn.Linear(32, 48)), config(r=rank, target_modules=["0"]))
+    model.eval()
+    x = torch.randn(5, 32)
+    for _ in range(2):
+        with model.disable_adapter():
+            base = model(x)
+        together = model(x)
+        assert not torch.allclose(together, base, atol=1e-3)
+        assert torch.allclose(torch.cat([model(row[None]) for row in x]), together, atol=1e-5)
+        assert torch.allclose(model(x[None, :1])[0], together[:1], atol=1e-5)
+        model.bank("default").vectors.mul_(2)
+
+
 def test_dropout_acts_in_training_only() -> None:
     torch.manual_seed(0)
     model = VBLoRAModel(Net(), config(target_modules=["first"], vblora_dropout=0.5))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from serving.engine.linears import PackedLinear, SiblingLinear, lay_out, packable, product
+from serving.engine.linears import PackedLinear, Product, SiblingLinear, lay_out, packable
 from tests.support import random_adapter
 from vblora.batched import AdapterSlots, Segment, SlottedLinear
 from vblora.compact import SlotLayout
@@ -70,9 +70,13 @@ def test_a_product_of_any_number_of_rows(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(1, rows, WIDTH, generator=generator).bfloat16()
     weight, bias = (torch.randn(*size, generator=generator).bfloat16() for size in ((48, WIDTH), (48,)))
-    got, expected = product(weight, bias)(x), x.float() @ weight.float().T + bias.float()
+    product, expected = Product(weight, bias), x.float() @ weight.float().T + bias.float()
+    got = product(x)
     assert got.shape == expected.shape
     assert torch.allclose(got.float(), expected, atol=2e-2 * float(expected.abs().max()), rtol=0)
+    if product.adds_deltas:
+        parts = product.parts(x, (16, 32), None)
+        assert [part.shape[-1] for part in parts] == [16, 32] and torch.equal(torch.cat(parts, -1), got)
 
 
 @torch.inference_mode()
