@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import Contest, Run, contest_arguments, own_side
-from benchmarks.peers.environment import run_job
+from benchmarks.peers.environment import ROOT, run_job
 from benchmarks.peers.exports import Exports, write_exports
 
-TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
+PRELOADED = (Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"), ROOT / "vllm" / "lib" / "libiomp5.so")
+"""Debian's tcmalloc and Intel's OpenMP, which comes with vLLM: as its manual says, where they are installed."""
+
 SMALLEST_RANK = 8  # of the values that vLLM takes for max_lora_rank, the least that holds rank 4
 
 
 def variables() -> dict[str, str]:
-    """The environment: two cores' threads where there are two, and tcmalloc where it is installed."""
+    """The environment: a thread for each core, and the preloaded libraries."""
     cores = f"0-{(os.cpu_count() or 1) - 1}"
-    preload = {"LD_PRELOAD": str(TCMALLOC)} if TCMALLOC.exists() else {}
-    return {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "2"} | preload
+    preload = ":".join(str(library) for library in PRELOADED if library.exists())
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "2", "LD_PRELOAD": preload}
 
 
 def settings(rows: int, adapters: int) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def run_vllm(exports: Exports, given: Mapping[str, Any], **measured: Any) -> dic
     """What `vllm_side.py` finds, with what it ran with as `about`."""
     job = {"model": exports.model, "prompt": exports.prompt, "loras": exports.loras, "settings": given} | measured
     result = run_job("vllm", job, variables())
-    return result | {"about": {"settings": given, "environment": variables(), "versions": result["versions"]}}
+    preloaded = [library.name for library in PRELOADED if library.exists()]
+    return result | {"about": {"settings": given, "preloaded": preloaded, "versions": result["versions"]}}
 
 
 def distinct_adapters(claim: str, module: str, description: str | None, rows: int) -> None:

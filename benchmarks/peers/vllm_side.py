@@ -1,4 +1,4 @@
-"""vLLM's side, run by the interpreter that has vLLM: a job in one JSON file, what was found into another.
+"""vLLM's side, run by the interpreter that has vLLM: a job is one JSON file, the result another.
 
 Imports nothing of this repository. A job names a model folder, LoRA folders, a prompt of token ids, the keywords of
 `vllm.LLM`, and what to measure: `cases` of (requests, distinct adapters), or `loads` of adapters not loaded before.
