@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.contest import PREPARE, contest_arguments
+from benchmarks.contest import PREPARE
 from benchmarks.peers.beside_vllm import run_vllm, settings
 from benchmarks.peers.exports import Exports, write_exports
 from benchmarks.sides import fresh_process
@@ -85,7 +85,13 @@ def plot(found: dict[str, Figures], target: Path) -> None:
 
 
 def main() -> None:
-    options = contest_arguments(__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
     if options.side:
         print(json.dumps(measure(options, options.side)))
         return
