@@ -10,8 +10,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.contest import PREPARE
 from benchmarks.peers.beside_vllm import run_vllm, settings
@@ -42,23 +42,23 @@ def ours(options: argparse.Namespace) -> Figures:
     return found
 
 
-def vllm(exports: Exports, cases: Sequence[tuple[int, int]], tokens: int) -> Figures:
+def vllm(options: argparse.Namespace, with_lora: bool) -> dict[str, Any]:
+    """Figures of the cases with adapters, or of those without, and what vLLM ran with."""
+    cases = [case for case in CASES if bool(case[1]) == with_lora]
     given = settings(max(BATCHES), max(distinct for _, distinct in cases))
-    found = run_vllm(exports, given, cases=cases, tokens=tokens)["cases"]
-    return [
-        (rows, distinct, sum(map(len, case["answers"])) / case["seconds"])
-        for (rows, distinct), case in zip(cases, found, strict=True)
-    ]
+    found = run_vllm(Exports.load(options.folder), given, cases=cases, tokens=options.tokens)
+    rates = [sum(map(len, case["answers"])) / case["seconds"] for case in found["cases"]]
+    return {"figures": [(*case, rate) for case, rate in zip(cases, rates, strict=True)], "about": found["about"]}
 
 
-def measure(options: argparse.Namespace, side: str) -> dict[str, Figures]:
-    if side == "ours":
-        return {side: ours(options)}
-    if side == PREPARE:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """What one process does: a side's figures, or the files that vLLM reads."""
+    if options.side == "ours":
+        return {"figures": ours(options)}
+    if options.side == PREPARE:
         write_exports(options.model, options.folder, max(ADAPTERS)).save(options.folder)
         return {}
-    cases = [case for case in CASES if bool(case[1]) == (side == "vllm_lora")]
-    return {"vllm": vllm(Exports.load(options.folder), cases, options.tokens)}
+    return vllm(options, with_lora=options.side == "vllm_lora")
 
 
 def plot(found: dict[str, Figures], target: Path) -> None:
@@ -93,16 +93,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(measure(options, options.side)))
+        print(json.dumps(measure(options)))
         return
-    found: dict[str, Figures] = {"ours": [], "vllm": []}
     with tempfile.TemporaryDirectory() as folder:
-        for side in (PREPARE, "ours", "vllm", "vllm_lora"):
-            values = fresh_process("benchmarks.sweep", *sys.argv[1:], "--side", side, "--folder", folder)
-            for name, figures in values.items():
-                found[name] += figures
-    about = {"columns": ["requests", "adapters", "tokens a second"], "tokens": options.tokens, **machine()}
-    line = json.dumps({**about, **found})
+        ran = {
+            side: fresh_process("benchmarks.sweep", *sys.argv[1:], "--side", side, "--folder", folder)
+            for side in (PREPARE, "ours", "vllm", "vllm_lora")
+        }
+    found = {"ours": ran["ours"]["figures"], "vllm": ran["vllm"]["figures"] + ran["vllm_lora"]["figures"]}
+    about = {side: ran[side]["about"] for side in ("vllm", "vllm_lora")}
+    columns = ["requests", "adapters", "tokens a second"]
+    line = json.dumps({"columns": columns, "tokens": options.tokens, **found, "about": about, **machine()})
     (HERE / "sweep.json").write_text(line + "\n")
     plot(found, HERE / "sweep.png")
     print(line)
