@@ -12,9 +12,10 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
 PACKAGES := vblora serving deploy examples benchmarks
-BENCHMARKS = $(subst /,.,$(basename $(sort $(wildcard benchmarks/bench_*.py))))
+modules = $(subst /,.,$(basename $(sort $(wildcard $(1)/bench_*.py))))
+run_all = for module in $(call modules,$(1)); do echo "== $$module"; $(BIN)/python -m $$module $(ARGS) || exit 1; done
 
-.PHONY: demo test check format serve bench soak adapters evidence replay-image clean
+.PHONY: demo test check format serve bench bench-peers sweep soak adapters evidence replay-image clean
 
 demo: $(INSTALLED)
 	$(BIN)/vblora-serve demo $(if $(ONCE),--once) $(ARGS)
@@ -39,7 +40,15 @@ serve: $(INSTALLED)
 	$(BIN)/vblora-serve run $(MODEL) $(ARGS)
 
 bench: $(INSTALLED)
-	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) $(ARGS) || exit 1; done
+	@$(call run_all,benchmarks)
+
+# The claims beside other engines; each has an environment of its own, made here (llama.cpp is compiled: some minutes).
+bench-peers: $(INSTALLED) .peers/vllm/installed .peers/llama/installed
+	@$(call run_all,benchmarks/peers)
+
+# Throughput over batch sizes and numbers of adapters, ours and vLLM's: benchmarks/sweep.png and sweep.json.
+sweep: $(INSTALLED) .peers/vllm/installed
+	$(BIN)/python -m benchmarks.sweep $(ARGS)
 
 # Ten minutes of mixed load: no error, flat memory, steady steps.
 soak: $(INSTALLED)
@@ -58,11 +67,18 @@ replay-image: $(INSTALLED)
 	$(BIN)/python -m deploy.replay_image
 
 clean:
-	rm -rf .venv build dist *.egg-info vblora/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .peers build dist *.egg-info vblora/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard vblora/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS) \
 		-c constraints.txt -e '.[demo,train,dev]'
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+.peers/%/installed: export CMAKE_ARGS = -DGGML_NATIVE=ON
+.peers/%/installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS) -r $<
+	$(@D)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@

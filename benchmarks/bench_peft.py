@@ -14,26 +14,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft import __version__ as peft_version
 
-from benchmarks import sides
-from benchmarks.workload import PROMPT, random_adapter, throughput
+from benchmarks.contest import Contest, Run, contest_arguments, own_side
+from benchmarks.workload import PROMPT, random_adapter
 from serving.engine import Engine
 from serving.types import EngineSettings
 from vblora.checkpoint import write_adapter
 from vblora.integrations.base_models import load_base_model
 
-
-def ours(options: argparse.Namespace) -> float:
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
-    adapters = [engine.load_adapter(random_adapter(engine, seed)) for seed in range(options.rows)]
-    found = throughput(engine, options.tokens, adapters, options.rows)
-    engine.close()
-    return found
+ADAPTERS = 32
 
 
 def write_adapters(options: argparse.Namespace, folder: Path) -> list[Path]:
     engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
-    paths = [folder / f"adapter{seed}" for seed in range(options.rows)]
+    paths = [folder / f"adapter{seed}" for seed in range(ADAPTERS)]
     for seed, path in enumerate(paths):
         write_adapter(path, random_adapter(engine, seed))
     engine.close()
@@ -41,7 +36,7 @@ def write_adapters(options: argparse.Namespace, folder: Path) -> list[Path]:
 
 
 @torch.inference_mode()
-def peft(options: argparse.Namespace) -> float:
+def peft(options: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         paths = write_adapters(options, Path(folder))
         base = load_base_model(options.model, dtype=options.dtype)
@@ -49,16 +44,16 @@ def peft(options: argparse.Namespace) -> float:
         for path in paths[1:]:
             model.load_adapter(str(path), path.name)
     tokens = base.tokenizer(PROMPT, return_tensors="pt").input_ids
-    answered = 0
+    answers: list[list[int]] = []
     began = 0.0
     for number, path in enumerate([paths[0], *paths[: options.peft_requests]]):
         if number == 1:  # the first is the warm-up
             began = time.perf_counter()
         model.set_adapter(path.name)
         output = _generate(model, tokens, 2 if number == 0 else options.tokens)
-        answered += 0 if number == 0 else output.shape[1] - tokens.shape[1]
-    assert answered == options.peft_requests * options.tokens
-    return answered / (time.perf_counter() - began)
+        if number > 0:
+            answers.append(output[0, tokens.shape[1] :].tolist())
+    return Run(time.perf_counter() - began, tokens[0].tolist(), answers, {"peft": peft_version})
 
 
 def _generate(model: Any, tokens: torch.Tensor, number: int) -> torch.Tensor:
@@ -69,16 +64,11 @@ def _generate(model: Any, tokens: torch.Tensor, number: int) -> torch.Tensor:
     return output
 
 
-def measure(options: argparse.Namespace, side: str) -> sides.Values:
-    return {side: ours(options) if side == "ours" else peft(options)}
-
-
 def main() -> None:
-    parser = sides.arguments(__doc__)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser = contest_arguments(__doc__)
     parser.add_argument("--peft-requests", type=int, default=3)
-    sides.main("P5", "benchmarks.bench_peft", parser, measure, ("ours", "peft"), ("ours", "peft"))
+    sides = {"ours": own_side(ADAPTERS), "peft": peft}
+    Contest("P5", "benchmarks.bench_peft", sides, dict.fromkeys(sides, ADAPTERS)).main(parser)
 
 
 if __name__ == "__main__":

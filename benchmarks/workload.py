@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ from serving.engine.observer import SilentObserver
 from serving.types import GenerationRequest, SamplingParams, StepReport
 from vblora import VBLoRAConfig
 from vblora.checkpoint import AdapterCheckpoint, TopKModule
-from vblora.mixture import TopK, topk_mixture
+from vblora.mixture import ModuleShape, TopK, topk_mixture
 
 PROMPT = "The restaurant on the corner of the market square"
 RANK, NUM_VECTORS, VECTOR_LENGTH, TOPK = 4, 256, 128, 2
@@ -39,7 +39,12 @@ class Recorder(SilentObserver):
 
 
 def random_adapter(engine: Engine, seed: int) -> AdapterCheckpoint:
-    """An adapter of workload W with random content."""
+    """An adapter of workload W with random content, for an engine's base model."""
+    return random_content(engine.layout.modules, seed)
+
+
+def random_content(shapes: Mapping[str, ModuleShape], seed: int) -> AdapterCheckpoint:
+    """An adapter of workload W with random content, for modules of these shapes."""
     generator = torch.Generator().manual_seed(seed)
     bank = (torch.rand(NUM_VECTORS, VECTOR_LENGTH, generator=generator) - 0.5) * 0.04
 
@@ -51,7 +56,7 @@ def random_adapter(engine: Engine, seed: int) -> AdapterCheckpoint:
             topk_mixture(logits(RANK, shape.in_features // VECTOR_LENGTH), TOPK),
             topk_mixture(logits(shape.out_features // VECTOR_LENGTH, RANK), TOPK),
         )
-        for name, shape in engine.layout.modules.items()
+        for name, shape in shapes.items()
     }
     config = VBLoRAConfig(
         r=RANK, num_vectors=NUM_VECTORS, vector_length=VECTOR_LENGTH, topk=TOPK, save_only_topk_weights=True,
@@ -91,15 +96,24 @@ def _redrawn(topk: TopK, generator: torch.Generator) -> TopK:
     return TopK(indices, weights / weights.sum(-1, keepdim=True))
 
 
-def throughput(engine: Engine, tokens: int, adapters: Sequence[str], rows: int) -> float:
-    """Tokens a second of whole requests, prefill included, after a short warm-up; as in `requests`."""
+def timed_answers(
+    engine: Engine, tokens: int, adapters: Sequence[str], rows: int
+) -> tuple[float, list[int], list[list[int]]]:
+    """Seconds of whole requests as in `requests`, prefill included, after a short warm-up; their prompt; the tokens of
+    each answer."""
     engine.generate(requests(engine, min(rows, engine.settings.max_batch_size), 2, adapters))
+    timed = requests(engine, rows, tokens, adapters)
     began = time.perf_counter()
-    answers = engine.generate(requests(engine, rows, tokens, adapters))
+    answers = engine.generate(timed)
     seconds = time.perf_counter() - began
-    generated = sum(len(answer.token_ids) for answer in answers)
-    assert generated == rows * tokens, "every request must generate all its tokens"
-    return generated / seconds
+    return seconds, list(timed[0].prompt_token_ids), [list(answer.token_ids) for answer in answers]
+
+
+def throughput(engine: Engine, tokens: int, adapters: Sequence[str], rows: int) -> float:
+    """Tokens a second of `timed_answers`."""
+    seconds, _, answers = timed_answers(engine, tokens, adapters, rows)
+    assert all(len(answer) == tokens for answer in answers), "every request must generate all its tokens"
+    return rows * tokens / seconds
 
 
 def machine() -> dict[str, object]:

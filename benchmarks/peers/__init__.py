@@ -1,0 +1,1 @@
+"""Claims beside other engines, each in a virtual environment of its own (`make bench-peers`)."""
