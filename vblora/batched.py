@@ -80,8 +80,8 @@ class AdapterSlots:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tables when every slot is filled."""
-        return sum(table.nbytes for table in self.tables.values())
+        """Bytes in use when every slot holds an adapter of the highest rank."""
+        return self.num_slots * self.layout.slot_bytes(self._table.dtype)
 
     def _module_views(self, bucket: int) -> dict[str, tuple[Tensor, Tensor]]:
         table = self.tables[bucket]

@@ -89,6 +89,10 @@ class SlotLayout:
         """The smallest bucket that holds `rank`."""
         return next(bucket for bucket in self.buckets if bucket >= rank)
 
+    def slot_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a slot that holds an adapter of the highest rank."""
+        return self.buckets[-1] * self.width * dtype.itemsize
+
     def starts(self, bucket: int) -> Iterator[tuple[str, ModuleShape, int]]:
         """Each module with its shape and where its elements begin in a row of `bucket`."""
         start = 0

@@ -35,10 +35,12 @@ if available:  # looked up once: each call through `torch.ops` costs microsecond
     _add_delta = torch.ops.vblora.add_delta_.default
     _decode_attention = torch.ops.vblora.decode_attention.default
     _linear = torch.ops.vblora.linear.default
+    _linear_with_delta = torch.ops.vblora.linear_with_delta.default
     _store = torch.ops.vblora.store_.default
     _quantize_rows = torch.ops.vblora.quantize_rows.default
     _scale_rows = torch.ops.vblora.scale_rows_.default
     _rotate = torch.ops.vblora.rotate.default
+    _argmax = torch.ops.vblora.argmax.default
     _rms_norm = torch.ops.vblora.rms_norm.default
 
 
@@ -67,6 +69,13 @@ def add_delta(y: Tensor, x: Tensor, delta: Delta) -> None:
     have one dtype, the table the same or float32; the rank is a multiple of `RANKS`. Sums are float32.
     """
     _add_delta(y, x, *delta)
+
+
+def linear_with_delta(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta) -> Tensor:
+    """x (n, in) → x Wᵀ + bias + its delta (n, out), without gradients."""
+    table, slots, modules, rank = delta
+    result: Tensor = _linear_with_delta(x, weight, bias, table, slots, modules, rank)
+    return result
 
 
 def linear(
@@ -133,6 +142,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions of x (1, heads, tokens, size): ``x · cos + (−second half, first half) · sin``, cos and sin being
     (1, tokens, size) of the same dtype."""
     result: Tensor = _rotate(x, cos, sin)
+    return result
+
+
+def argmax(x: Tensor) -> Tensor:
+    """The index of the highest number of each row of x (n, width), the lowest of equal ones: (n,) int64. Where a row
+    holds what is not a number, the index of the first of these, as `torch.argmax` gives one of them."""
+    result: Tensor = _argmax(x)
     return result
 
 

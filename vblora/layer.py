@@ -44,14 +44,13 @@ class Composed:
         self._delta = kernels.Delta(table, ONE_ROW, torch.tensor([[0, b_transposed.shape[1]]]), len(a))
         self._usable = kernels.usable(flat) and len(a) % kernels.RANKS == 0
 
-    def takes(self, x: Tensor, y: Tensor) -> bool:
-        """Whether `add_to_row` does: one row, in the adapter's dtype."""
-        return self._usable and len(x) == 1 and x.dtype == self.dtype and y.dtype == self.dtype
+    def takes(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether `linear` does: x and the weight in the adapter's dtype."""
+        return self._usable and x.dtype == self.dtype and weight.dtype == self.dtype
 
-    def add_to_row(self, x: Tensor, y: Tensor) -> Tensor:
-        """`y + x Aᵀ Bᵀ` in place: x (1, in) and y (1, out)."""
-        kernels.add_delta(y, x, self._delta)
-        return y
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x Wᵀ + bias + x Aᵀ Bᵀ`: x (1, in) → (1, out)."""
+        return kernels.linear_with_delta(x, weight, bias, self._delta)
 
 
 class LayerAdapter(nn.Module, ABC):
@@ -107,10 +106,6 @@ class LayerAdapter(nn.Module, ABC):
 
         `in_place` allows to change y where the dtype is its own.
         """
-        if in_place and len(x) == 1 and self.given is None and not self.training:
-            kept = self._kept()
-            if kept is not None and kept.takes(x, y):
-                return kept.add_to_row(x, y)
         a, b_transposed = self.matrices()
         if x.dtype != a.dtype:
             x = x.to(a.dtype)
@@ -122,6 +117,13 @@ class LayerAdapter(nn.Module, ABC):
             return wide.addmm_(low, b_transposed)
         return torch.addmm(wide, low, b_transposed)  # under autocast, which casts for this one, dtypes may differ
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The base layer's product of a single row with the delta, as one operation; None where there is no such."""
+        if self.given is not None or self.training:
+            return None
+        kept = self._kept()
+        return kept.linear(x, weight, bias) if kept is not None and kept.takes(x, weight) else None
+
     def _compose(self) -> Matrices:
         mixtures = self.mixtures()
         sub_a, sub_b = compose_all(mixtures, self.bank.vectors.to(mixtures[0].weights.device))
@@ -129,7 +131,7 @@ class LayerAdapter(nn.Module, ABC):
 
     def _state(self) -> object:
         """Changes whenever a tensor does that the matrices are made of; None where torch does not count changes."""
-        tensors = (self.bank.vectors, *self._parameters.values(), *self._buffers.values())
+        tensors = (*self._bank[0]._parameters.values(), *self._parameters.values(), *self._buffers.values())
         try:
             return [(tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None]
         except RuntimeError:  # made in inference mode
@@ -187,11 +189,12 @@ class TopKAdapter(LayerAdapter):
         return TopK(self.indices_a, self.weights_a), TopK(self.indices_b, self.weights_b)
 
 
-def _plain(layer: nn.Module) -> nn.Linear | None:
-    """The layer, if its output is nobody else's, so that deltas may be added in place: a plain linear layer makes a new
-    one each time, keeps none for its gradient, and has no hooks that might. None for any other layer."""
+def _plain(layer: nn.Module) -> dict[str, Any] | None:
+    """The parameters of a layer whose output is nobody else's, so that deltas may be added in place: a plain linear
+    layer makes a new one each time, keeps none for its gradient, and has no hooks that might. None for any other layer.
+    """
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return layer if type(layer) is nn.Linear and not hooks else None
+    return layer._parameters if type(layer) is nn.Linear and not hooks and len(layer._parameters) == 2 else None
 
 
 class AdaptedLinear(nn.Module):
@@ -232,16 +235,21 @@ class AdaptedLinear(nn.Module):
         return [self._by_name[name] for name in names if name in self._by_name]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base_layer = self.base_layer
+        base_layer = self._modules["base_layer"]  # as an attribute it would take microseconds to find
+        assert base_layer is not None
         adapters = self.targeted_by([name for name in self.active if name not in self.merged])
         if not self.enabled or not (adapters or self.rows):
             result: Tensor = base_layer(x, *args, **kwargs)
             return result
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y: Tensor
-        plain = _plain(base_layer)
+        plain = _plain(base_layer) if not args and not kwargs else None
+        if plain is not None and len(flat) == len(adapters) == 1 and self.rows is None:
+            row = adapters[0].linear(flat, plain["weight"], plain["bias"])
+            if row is not None:
+                return row if x.dim() == 2 else row.view(*x.shape[:-1], -1)
         if plain is not None:
-            y = result = plain(flat, *args, **kwargs)  # no view: it is changed in place
+            y = result = F.linear(flat, plain["weight"], plain["bias"])  # no view: it is changed in place
         else:
             result = base_layer(x, *args, **kwargs)
             y = result.reshape(-1, result.shape[-1])

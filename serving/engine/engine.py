@@ -43,7 +43,7 @@ from serving.types import (
 from vblora import kernels
 from vblora.checkpoint import AdapterCheckpoint, content_hash, read_adapter
 from vblora.errors import VBLoRAError
-from vblora.integrations.base_models import BaseModel, load_base_model
+from vblora.integrations.base_models import DTYPES, BaseModel, cpu_computes, load_base_model
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +137,11 @@ class Engine:
     @classmethod
     def from_settings(cls, settings: EngineSettings, observer: EngineObserver | None = None) -> Engine:
         """Load the base model and start the engine. Raises `StartupError` with the reason if it cannot run."""
+        dtype = DTYPES.get(settings.dtype)  # None for auto, which takes what there is
+        if settings.device == "cpu" and dtype is not None and not cpu_computes(dtype):
+            raise StartupError(
+                f"dtype is {settings.dtype}, for which this processor has no instructions: use float32 or auto"
+            )
         compute = ComputeThread("engine")
         try:
             base = compute.call(

@@ -6,6 +6,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from vblora.compact import CompactAdapter, SlotLayout
 
 DEFAULT_CACHE_BYTES = 4 << 30
 FREE_MEMORY_SHARE = 0.25
+MEMORY_FILE = Path("/proc/meminfo")
 
 
 class ModelRunner:
@@ -54,12 +56,7 @@ class ModelRunner:
         use_paged_attention(model)
         record = record_forward(model)
         self.layout = SlotLayout.from_model(model, max_rank=settings.max_rank, adaptable=record.adaptable)
-        self.slots = AdapterSlots(
-            self.layout,
-            settings.adapter_slots or settings.max_batch_size + 1,
-            dtype=model.dtype if settings.adapter_dtype == "auto" else getattr(torch, settings.adapter_dtype),
-            device=model.device,
-        )
+        self.slots = self._make_slots(settings)
         shapes = list(record.attention.values())
         self.bytes_per_token = sum(key.numel() + value.numel() for key, value in shapes) * model.dtype.itemsize
         self.num_blocks, self.max_model_len = self._fit_cache(settings)
@@ -85,7 +82,10 @@ class ModelRunner:
     def _fit_cache(self, settings: EngineSettings) -> tuple[int, int]:
         """Blocks that fit the memory, and the longest request allowed: one of that length must fit them."""
         wanted = self._wanted_length(settings)
-        memory = settings.kv_cache_bytes or _default_cache_bytes(self.model.device)
+        free = free_memory(self.model.device)
+        memory = settings.kv_cache_bytes or min(DEFAULT_CACHE_BYTES, int(free * FREE_MEMORY_SHARE))
+        if memory > free:
+            raise StartupError(f"kv-cache-memory is {memory:,} bytes, but {free:,} are free: lower it")
         blocks = memory // (self.bytes_per_token * self.block_size)
         capacity = blocks * self.block_size
         if capacity < (settings.max_model_len or 1):
@@ -94,6 +94,17 @@ class ModelRunner:
                 f"max-model-len {wanted}: raise kv-cache-memory or lower max-model-len"
             )
         return blocks, min(wanted, capacity)
+
+    def _make_slots(self, settings: EngineSettings) -> AdapterSlots:
+        number = settings.adapter_slots or settings.max_batch_size + 1
+        dtype = self.model.dtype if settings.adapter_dtype == "auto" else getattr(torch, settings.adapter_dtype)
+        needed, free = self.layout.slot_bytes(dtype) * number, free_memory(self.model.device)
+        if needed > free:
+            raise StartupError(
+                f"{number} adapter slots for ranks up to {settings.max_rank} take up to {needed:,} bytes, but {free:,} "
+                "are free: lower adapter-slots (or max-batch-size, which it follows) or max-rank"
+            )
+        return AdapterSlots(self.layout, number, dtype=dtype, device=self.model.device)
 
     def _wanted_length(self, settings: EngineSettings) -> int:
         context = int(text_config(self.model).max_position_embeddings)
@@ -158,10 +169,12 @@ class ModelRunner:
         return logits if self._keeps_logits else logits[rows]
 
 
-def _default_cache_bytes(device: torch.device) -> int:
-    """A quarter of the memory that is free, at most 4 GiB."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that may be taken without another program having to give any back."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(DEFAULT_CACHE_BYTES, int(free * FREE_MEMORY_SHARE))
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = MEMORY_FILE.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from serving.engine.request import RequestState
 from serving.types import SamplingParams
+from vblora import kernels
 
 ARGMAX_BLOCK = 512
 NUCLEUS_GUESS = 1024  # tokens looked at first for top_p, before sorting the whole vocabulary
@@ -50,6 +51,8 @@ def _stack(logits: Tensor, rows: list[Tensor], greedy: list[int]) -> Tensor:
 
 def argmax(logits: Tensor) -> Tensor:
     """The lowest index of each row's maximum, as `torch.argmax` over (n, vocabulary), by maxima of blocks first."""
+    if kernels.usable(logits) and logits.is_contiguous():
+        return kernels.argmax(logits)
     vocabulary = logits.shape[-1]
     if vocabulary % ARGMAX_BLOCK:
         return logits.argmax(-1)

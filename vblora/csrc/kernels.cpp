@@ -1,5 +1,5 @@
 // CPU kernels of the server's step: composing adapters, their deltas, attention of one new token over a paged cache,
-// RMS norms, rotary positions.
+// RMS norms, rotary positions, the highest logits.
 //
 // Each does in one call what torch does in five to fifteen, of which every one costs microseconds. They know tensors,
 // not adapters or requests. The slow references are in vblora/batched.py, serving/engine/attention.py and transformers.
@@ -12,6 +12,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <Python.h>
 #include <torch/library.h>
 
@@ -392,6 +393,51 @@ CLONES void rotate_tokens_b(const Rotation<Bits16>& job, int64_t begin, int64_t 
 void run(const Rotation<float>& job, int64_t begin, int64_t end) { rotate_tokens_f(job, begin, end); }
 void run(const Rotation<Bits16>& job, int64_t begin, int64_t end) { rotate_tokens_b(job, begin, end); }
 
+// ---- The highest number of each row, and of equal ones the first; where something is not a number, the first of that.
+
+template <typename T>
+struct Argmax {
+  int64_t* output;
+  const T* x;
+  int64_t width;
+};
+
+template <typename T>
+INLINE void argmax_rows(const Argmax<T>& job, int64_t begin, int64_t end) {
+  constexpr int64_t BLOCK = 512;  // looked through as a whole, and again only if it holds a new highest
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = job.x + row * job.width;
+    float highest = -INFINITY;
+    int64_t best = 0;
+    for (int64_t start = 0; start < job.width; start += BLOCK) {
+      const int64_t stop = std::min(start + BLOCK, job.width);
+      float most = -INFINITY;
+      int strange = 0;
+#pragma omp simd reduction(max : most) reduction(| : strange)
+      for (int64_t i = start; i < stop; ++i) {
+        const float value = widen(x[i]);
+        most = value > most ? value : most;
+        strange |= value != value;
+      }
+      if (strange) {
+        for (best = start; widen(x[best]) == widen(x[best]);) ++best;
+        break;
+      }
+      if (most > highest) {
+        highest = most;
+        for (best = start; widen(x[best]) != most;) ++best;
+      }
+    }
+    job.output[row] = best;
+  }
+}
+
+CLONES void argmax_rows_f(const Argmax<float>& job, int64_t begin, int64_t end) { argmax_rows(job, begin, end); }
+CLONES void argmax_rows_b(const Argmax<Bits16>& job, int64_t begin, int64_t end) { argmax_rows(job, begin, end); }
+
+void run(const Argmax<float>& job, int64_t begin, int64_t end) { argmax_rows_f(job, begin, end); }
+void run(const Argmax<Bits16>& job, int64_t begin, int64_t end) { argmax_rows_b(job, begin, end); }
+
 // ---- From tensors to the above.
 
 // Runs all items, shared among torch's threads where the work is worth it.
@@ -475,6 +521,14 @@ void add_delta_(at::Tensor& y_, const at::Tensor& x_, const at::Tensor& table, c
   } else {
     add_delta_of<Bits16, float>(y, x, table, slots, modules, rank);
   }
+}
+
+// x Wᵀ + bias on weights as they are, and a delta as above: one operation, where each costs as much as its work.
+at::Tensor linear_with_delta(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                             const at::Tensor& table, const at::Tensor& slots, const at::Tensor& modules, int64_t rank) {
+  at::Tensor y = at::linear(x, weight, bias);
+  add_delta_(y, x, table, slots, modules, rank);
+  return y;
 }
 
 // x Wᵀ + bias on weights that oneDNN has packed, then the deltas as above, cut into the outputs of its modules.
@@ -693,6 +747,17 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
   return output.transpose(0, 1).unsqueeze(0);
 }
 
+at::Tensor argmax(const at::Tensor& x) {
+  check_type(x, "x");
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(1) > 0, "x must be (rows, width), without gaps");
+  const at::Tensor output = at::empty({x.size(0)}, x.options().dtype(at::kLong));
+  if (is_bfloat16(x))
+    parallel(Argmax<Bits16>{target<int64_t>(output), pointer<Bits16>(x), x.size(1)}, x.size(0), x.size(1));
+  else
+    parallel(Argmax<float>{target<int64_t>(output), pointer<float>(x), x.size(1)}, x.size(0), x.size(1));
+  return output;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(vblora, library) {
@@ -704,10 +769,14 @@ TORCH_LIBRARY(vblora, library) {
   library.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, int[] sizes, int few, int step, Tensor? table, Tensor? slots, "
       "Tensor? modules, int rank) -> Tensor[]");
+  library.def(
+      "linear_with_delta(Tensor x, Tensor weight, Tensor? bias, Tensor table, Tensor slots, Tensor modules, int rank) "
+      "-> Tensor");
   library.def("store_(Tensor(a!) cache, Tensor fresh, Tensor targets) -> ()");
   library.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
   library.def("scale_rows_(Tensor(a!) y, Tensor scales) -> ()");
   library.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+  library.def("argmax(Tensor x) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
 }
 
@@ -715,10 +784,12 @@ TORCH_LIBRARY_IMPL(vblora, CPU, library) {
   library.impl("add_delta_", &add_delta_);
   library.impl("compose_", &compose_);
   library.impl("decode_attention", &decode_attention);
+  library.impl("linear_with_delta", &linear_with_delta);
   library.impl("store_", &store_);
   library.impl("quantize_rows", &quantize_rows);
   library.impl("scale_rows_", &scale_rows_);
   library.impl("rotate", &rotate);
+  library.impl("argmax", &argmax);
   library.impl("rms_norm", &rms_norm);
 }
 

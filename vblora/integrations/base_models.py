@@ -31,7 +31,8 @@ from vblora.integrations import BaseModelError
 from vblora.integrations.gguf_cache import converted, demo_source, file_source
 
 __all__ = [
-    "DEMO", "BaseModel", "BaseModelError", "load_base_model", "model_on_meta", "resolve_dtype", "save_base_model",
+    "DEMO", "BaseModel", "BaseModelError", "cpu_computes", "load_base_model", "model_on_meta", "resolve_dtype",
+    "save_base_model",
 ]  # fmt: skip
 
 DEMO = "demo"
@@ -130,14 +131,16 @@ def resolve_dtype(requested: str, config: PreTrainedConfig, device: torch.device
     if requested != "auto":
         raise BaseModelError(f"dtype must be one of auto, {', '.join(DTYPES)}; got {requested!r}")
     own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    if device.type == "cuda" or (own is torch.bfloat16 and _cpu_computes_bfloat16()):
+    if device.type == "cuda" or (own is torch.bfloat16 and cpu_computes(own)):
         return own
     return torch.float32
 
 
-def _cpu_computes_bfloat16() -> bool:
+def cpu_computes(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for a dtype, without which it would be many times slower."""
+    wanted = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}.get(dtype)
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) is True for name in ("avx512_bf16", "amx_bf16"))
+    return wanted is None or any(capabilities.get(name) is True for name in wanted)
 
 
 def _find(name: str, progress: Callable[[str], None]) -> _Source:

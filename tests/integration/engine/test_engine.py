@@ -7,13 +7,14 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from serving.engine import Engine
+from serving.engine import Engine, model_runner
 from serving.engine.linears import PackedLinear, SiblingLinear
 from serving.errors import (
     ContextLengthExceeded,
@@ -25,9 +26,9 @@ from serving.errors import (
     RateLimitExceeded,
     StartupError,
 )
-from serving.types import GenerationEvent, GenerationRequest, SamplingParams
+from serving.types import EngineSettings, GenerationEvent, GenerationRequest, SamplingParams
 from tests.integration.engine.conftest import tiny_engine
-from tests.support import random_adapter, tiny_model, tiny_tokenizer
+from tests.support import random_adapter, save_tiny_model, tiny_model, tiny_tokenizer
 
 IDS = itertools.count()
 
@@ -174,6 +175,26 @@ def test_in_8_bits_a_request_gets_with_others_what_it_gets_alone() -> None:
     assert alone[0] != alone[1], "the adapter changes nothing: this shows nothing"
     assert [answer.token_ids for answer in engine.generate(given)] == alone
     engine.close()
+
+
+def test_more_than_the_memory_is_refused_at_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    free = tmp_path / "meminfo"
+    free.write_text("MemTotal: 99999999 kB\nMemAvailable:      4096 kB\n")
+    monkeypatch.setattr(model_runner, "MEMORY_FILE", free)
+    tiny_engine().close()
+    with pytest.raises(StartupError, match=r"kv-cache-memory is 4,194,305 bytes, but 4,194,304 are free"):
+        tiny_engine(kv_cache_bytes=(1 << 22) + 1)
+    with pytest.raises(StartupError, match=r"50000 adapter slots .* take up to [0-9,]+ bytes, but 4,194,304 are free"):
+        tiny_engine(adapter_slots=50000)
+
+
+def test_a_dtype_without_instructions_is_refused_at_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    model = str(save_tiny_model(tmp_path / "model"))
+    for dtype in ("bfloat16", "float16"):
+        with pytest.raises(StartupError, match=f"dtype is {dtype}, for which this processor has no instructions"):
+            Engine.from_settings(EngineSettings(model=model, dtype=dtype))
+    Engine.from_settings(EngineSettings(model=model, kv_cache_bytes=1 << 22)).close()
 
 
 def test_bounds_are_told_by_class(engine: Engine) -> None:

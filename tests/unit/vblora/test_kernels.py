@@ -192,6 +192,19 @@ def test_rotary_positions(dtype: torch.dtype, tolerance: float) -> None:
         kernels.rotate(x, cos[:, :69].contiguous(), sin[:, :69].contiguous())
 
 
+@pytest.mark.parametrize("width", [1, 511, 512, 5000])
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_the_highest_of_each_row(width: int, dtype: torch.dtype) -> None:
+    x = torch.randint(-9, 9, (40, width), generator=torch.Generator().manual_seed(width)).to(dtype)
+    x[0], x[1], x[2] = -float("inf"), float("inf"), 0
+    x[3, width // 2] = 100
+    wanted = (x == x.amax(-1, keepdim=True)).int().argmax(-1)  # the first of equal ones
+    assert torch.equal(kernels.argmax(x), wanted)
+    x[4:, width - 1] = x[5:, width // 3] = float("nan")
+    assert x[torch.arange(4, 40), kernels.argmax(x)[4:]].isnan().all()
+    assert torch.equal(kernels.argmax(x)[:4], wanted[:4])
+
+
 def test_nothing_that_is_not_a_number_is_hidden() -> None:
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]], dtype=torch.bfloat16)
     assert kernels.rms_norm(x, torch.ones(2), 1e-6).isnan().any(dim=1).all()
