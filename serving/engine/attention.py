@@ -20,6 +20,12 @@ from vblora import kernels
 
 IMPLEMENTATION = "vblora_paged"
 ATTRIBUTE = "vblora_paged_layer"
+FILL = 64  # what numbers of queries and keys of a chunk are filled up to
+
+
+def filled(number: int) -> int:
+    """The next multiple of `FILL`."""
+    return -(-number // FILL) * FILL
 
 
 class Span(NamedTuple):
@@ -86,15 +92,21 @@ class AttentionStep:
         return self._decode[window]
 
     def prefilling(self, index: int, window: int | None) -> _Gather:
-        """What the chunk `spans[index]` reads: positions (keys,) and a causal mask (queries, keys)."""
+        """What the chunk `spans[index]` reads: positions (keys,) and a causal mask (queries, keys).
+
+        Both numbers are filled up to a multiple of `FILL`, since torch's kernels compile code for each number and keep
+        it: with keys that no query sees, and queries that see what the last one does.
+        """
         span, positions = self.spans[index], self._positions(index)
+        end = span.start + span.length
         first = max(0, span.start - window + 1) if window else 0
-        queries = torch.arange(span.start, span.start + span.length)[:, None]
-        keys = torch.arange(first, span.start + span.length)
+        queries = torch.arange(span.start, span.start + filled(span.length))[:, None].clamp_max(end - 1)
+        keys = torch.arange(first, first + filled(end - first))
         mask = keys <= queries
         if window:
             mask &= queries - keys < window
-        return _Gather(positions[first:].to(self.device), mask.to(self.device))
+        padded = F.pad(positions[first:], (0, len(keys) - (end - first)))
+        return _Gather(padded.to(self.device), mask.to(self.device))
 
 
 class PagedLayer:
@@ -123,7 +135,8 @@ class PagedLayer:
             gather = step.prefilling(index, options.window)
             keys, values = self.keys[gather.positions][None], self.values[gather.positions][None]
             attend = grouped_attention if options.needs_scores else fused_attention
-            outputs.append(attend(queries[None, start:end], keys, values, gather.mask[None], options)[0])
+            asked = F.pad(queries[start:end], (0, 0, 0, 0, 0, len(gather.mask) - (end - start)))
+            outputs.append(attend(asked[None], keys, values, gather.mask[None], options)[0, : end - start])
             start = end
         return torch.cat(outputs)[None]
 

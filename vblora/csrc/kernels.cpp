@@ -57,6 +57,13 @@ INLINE void narrow(float value, Bits16& target) {
   target = static_cast<Bits16>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+// `ITEMS(job, begin, end)` for jobs on float32 and on bfloat16, compiled for several kinds of processor.
+#define FOR_BOTH(ITEMS, JOB) \
+  CLONES void ITEMS##_f(const JOB<float>& job, int64_t begin, int64_t end) { ITEMS(job, begin, end); } \
+  CLONES void ITEMS##_b(const JOB<Bits16>& job, int64_t begin, int64_t end) { ITEMS(job, begin, end); } \
+  void run(const JOB<float>& job, int64_t begin, int64_t end) { ITEMS##_f(job, begin, end); } \
+  void run(const JOB<Bits16>& job, int64_t begin, int64_t end) { ITEMS##_b(job, begin, end); }
+
 // A matrix whose rows lie `stride` elements apart, each row without gaps.
 template <typename T>
 struct Rows {
@@ -267,11 +274,7 @@ INLINE void decode_items(const Decode<T>& job, int64_t begin, int64_t end) {
   }
 }
 
-CLONES void decode_items_f(const Decode<float>& job, int64_t begin, int64_t end) { decode_items(job, begin, end); }
-CLONES void decode_items_b(const Decode<Bits16>& job, int64_t begin, int64_t end) { decode_items(job, begin, end); }
-
-void run(const Decode<float>& job, int64_t begin, int64_t end) { decode_items_f(job, begin, end); }
-void run(const Decode<Bits16>& job, int64_t begin, int64_t end) { decode_items_b(job, begin, end); }
+FOR_BOTH(decode_items, Decode)
 
 // ---- x / sqrt(mean(x²) + eps) · weight over the last dimension.
 
@@ -299,11 +302,7 @@ INLINE void norm_rows(const Norm<T>& job, int64_t begin, int64_t end) {
   }
 }
 
-CLONES void norm_rows_f(const Norm<float>& job, int64_t begin, int64_t end) { norm_rows(job, begin, end); }
-CLONES void norm_rows_b(const Norm<Bits16>& job, int64_t begin, int64_t end) { norm_rows(job, begin, end); }
-
-void run(const Norm<float>& job, int64_t begin, int64_t end) { norm_rows_f(job, begin, end); }
-void run(const Norm<Bits16>& job, int64_t begin, int64_t end) { norm_rows_b(job, begin, end); }
+FOR_BOTH(norm_rows, Norm)
 
 // ---- Rows as 8-bit integers, each with a scale of its own: x ≈ q · scale.
 
@@ -330,11 +329,7 @@ INLINE void quantize_range(const Quantization<T>& job, int64_t begin, int64_t en
   }
 }
 
-CLONES void quantize_range_f(const Quantization<float>& job, int64_t begin, int64_t end) { quantize_range(job, begin, end); }
-CLONES void quantize_range_b(const Quantization<Bits16>& job, int64_t begin, int64_t end) { quantize_range(job, begin, end); }
-
-void run(const Quantization<float>& job, int64_t begin, int64_t end) { quantize_range_f(job, begin, end); }
-void run(const Quantization<Bits16>& job, int64_t begin, int64_t end) { quantize_range_b(job, begin, end); }
+FOR_BOTH(quantize_range, Quantization)
 
 template <typename T>
 struct Scaling {
@@ -353,11 +348,7 @@ INLINE void scale_range(const Scaling<T>& job, int64_t begin, int64_t end) {
   }
 }
 
-CLONES void scale_range_f(const Scaling<float>& job, int64_t begin, int64_t end) { scale_range(job, begin, end); }
-CLONES void scale_range_b(const Scaling<Bits16>& job, int64_t begin, int64_t end) { scale_range(job, begin, end); }
-
-void run(const Scaling<float>& job, int64_t begin, int64_t end) { scale_range_f(job, begin, end); }
-void run(const Scaling<Bits16>& job, int64_t begin, int64_t end) { scale_range_b(job, begin, end); }
+FOR_BOTH(scale_range, Scaling)
 
 // ---- Rotary positions: each half of a head turned against the other, x · cos + (−second half, first half) · sin.
 
@@ -387,11 +378,7 @@ INLINE void rotate_tokens(const Rotation<T>& job, int64_t begin, int64_t end) {
   }
 }
 
-CLONES void rotate_tokens_f(const Rotation<float>& job, int64_t begin, int64_t end) { rotate_tokens(job, begin, end); }
-CLONES void rotate_tokens_b(const Rotation<Bits16>& job, int64_t begin, int64_t end) { rotate_tokens(job, begin, end); }
-
-void run(const Rotation<float>& job, int64_t begin, int64_t end) { rotate_tokens_f(job, begin, end); }
-void run(const Rotation<Bits16>& job, int64_t begin, int64_t end) { rotate_tokens_b(job, begin, end); }
+FOR_BOTH(rotate_tokens, Rotation)
 
 // ---- The highest number of each row, and of equal ones the first; where something is not a number, the first of that.
 
@@ -432,11 +419,7 @@ INLINE void argmax_rows(const Argmax<T>& job, int64_t begin, int64_t end) {
   }
 }
 
-CLONES void argmax_rows_f(const Argmax<float>& job, int64_t begin, int64_t end) { argmax_rows(job, begin, end); }
-CLONES void argmax_rows_b(const Argmax<Bits16>& job, int64_t begin, int64_t end) { argmax_rows(job, begin, end); }
-
-void run(const Argmax<float>& job, int64_t begin, int64_t end) { argmax_rows_f(job, begin, end); }
-void run(const Argmax<Bits16>& job, int64_t begin, int64_t end) { argmax_rows_b(job, begin, end); }
+FOR_BOTH(argmax_rows, Argmax)
 
 // ---- From tensors to the above.
 

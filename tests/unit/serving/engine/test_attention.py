@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.engine.attention import AttentionOptions, AttentionStep, PagedLayer, Span
+from serving.engine.attention import FILL, AttentionOptions, AttentionStep, PagedLayer, Span
 from vblora import kernels
 
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 8, 4
@@ -97,3 +97,18 @@ def test_the_kernel_equals_the_batched_products(
         assert got.shape == expected.shape == (1, 4, heads[0], value_size)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         assert torch.allclose(got.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize(("start", "length"), [(0, 2), (5, 64), (30, 65)])
+def test_chunks_of_few_sizes_see_no_more_than_is_theirs(start: int, length: int, window: int | None) -> None:
+    span = Span(list(range(10)), start, length)
+    gather = AttentionStep([span], 16, torch.device("cpu")).prefilling(0, window)
+    queries, keys = gather.mask.shape
+    assert queries % FILL == keys % FILL == 0 and len(gather.positions) == keys
+    first = max(0, start - window + 1) if window else 0
+    for query in range(queries):
+        position = start + min(query, length - 1)
+        seen = (gather.mask[query].nonzero().flatten() + first).tolist()
+        assert seen == list(range(max(0, position - window + 1) if window else 0, position + 1))
+        assert gather.positions[gather.mask[query]].tolist() == seen
