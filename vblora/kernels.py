@@ -73,8 +73,7 @@ def add_delta(y: Tensor, x: Tensor, delta: Delta) -> None:
 
 def linear_with_delta(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta) -> Tensor:
     """x (n, in) → x Wᵀ + bias + its delta (n, out), without gradients."""
-    table, slots, modules, rank = delta
-    result: Tensor = _linear_with_delta(x, weight, bias, table, slots, modules, rank)
+    result: Tensor = _linear_with_delta(x, weight, bias, *delta)
     return result
 
 

@@ -45,8 +45,10 @@ class Composed:
         self._usable = kernels.usable(flat) and len(a) % kernels.RANKS == 0
 
     def takes(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether `linear` does: x and the weight in the adapter's dtype."""
-        return self._usable and x.dtype == self.dtype and weight.dtype == self.dtype
+        """Whether `linear` does: x and a plain weight (no quantised one) in the adapter's dtype, and no autocast."""
+        if not self._usable or type(weight) is not nn.Parameter or torch.is_autocast_enabled("cpu"):
+            return False
+        return x.dtype == self.dtype and weight.dtype == self.dtype
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + bias + x Aᵀ Bᵀ`: x (1, in) → (1, out)."""

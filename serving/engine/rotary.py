@@ -42,12 +42,17 @@ def fused(original: Rotary) -> Rotary:
 def fuse_rotary(attentions: Iterable[nn.Module]) -> int:
     """Let these attention modules call the kernel where it computes the same as theirs; returns how many do."""
     count = 0
+    usual: dict[Rotary, bool] = {}  # all layers of a model call the same one
     for attention in attentions:
         forward = type(attention).forward
         if not isinstance(forward, FunctionType) or NAME not in forward.__code__.co_names:
             continue
         original = forward.__globals__.get(NAME)
-        if original is None or not _usual(original):
+        if original is None:
+            continue
+        if original not in usual:
+            usual[original] = _usual(original)
+        if not usual[original]:
             continue
         own = {**forward.__globals__, NAME: fused(original)}
         copy = FunctionType(forward.__code__, own, forward.__name__, forward.__defaults__, forward.__closure__)

@@ -149,6 +149,17 @@ def test_a_single_row_gives_what_it_gives_among_others(rank: int) -> None:
         model.bank("default").vectors.mul_(2)
 
 
+@torch.no_grad()
+def test_a_single_row_under_autocast_is_computed_in_its_dtype() -> None:
+    torch.manual_seed(0)
+    model = get_vblora_model(nn.Sequential(nn.Linear(32, 48)), config(r=4, target_modules=["0"])).eval()
+    x = torch.randn(2, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        together, alone = model(x), model(x[:1])
+    assert alone.dtype == together.dtype == torch.bfloat16
+    assert torch.allclose(alone.float(), together[:1].float(), atol=2e-2)
+
+
 def test_dropout_acts_in_training_only() -> None:
     torch.manual_seed(0)
     model = VBLoRAModel(Net(), config(target_modules=["first"], vblora_dropout=0.5))

@@ -51,6 +51,16 @@ def test_it_trains_saves_and_loads(base: str, tmp_path: Path) -> None:
         assert torch.equal(outputs(base, again), outputs(base, model))
 
 
+@torch.no_grad()
+def test_a_single_row_gives_what_it_gives_among_others() -> None:
+    """As in generating: a row on its own takes another path where the weights are plain."""
+    torch.manual_seed(0)
+    base = quantised(nn.Sequential(nn.Linear(32, 48)))
+    model = get_vblora_model(base, VBLoRAConfig(r=4, num_vectors=12, vector_length=16, target_modules=["0"])).eval()
+    x = torch.randn(3, 32)
+    assert torch.allclose(torch.cat([model(row[None]) for row in x]), model(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_merging_is_refused_and_changes_nothing(base: str) -> None:
     torch.manual_seed(0)
