@@ -15,7 +15,7 @@ PACKAGES := vblora serving deploy examples benchmarks
 modules = $(subst /,.,$(basename $(sort $(wildcard $(1)/bench_*.py))))
 run_all = for module in $(call modules,$(1)); do echo "== $$module"; $(BIN)/python -m $$module $(ARGS) || exit 1; done
 
-.PHONY: demo test check format serve bench bench-peers sweep soak adapters evidence replay-image clean
+.PHONY: demo test test-clients check format serve bench bench-peers sweep soak adapters evidence replay-image clean
 
 demo: $(INSTALLED)
 	$(BIN)/vblora-serve demo $(if $(ONCE),--once) $(ARGS)
@@ -23,6 +23,10 @@ demo: $(INSTALLED)
 test: export OMP_NUM_THREADS ?= 2
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Other people's clients from npm and PyPI, unchanged, against a server on the demo model (needs node 20 or newer).
+test-clients: $(INSTALLED) .clients/installed tests/e2e/clients/node/node_modules/installed
+	$(BIN)/python -m tests.e2e.clients.run $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -67,13 +71,22 @@ replay-image: $(INSTALLED)
 	$(BIN)/python -m deploy.replay_image
 
 clean:
-	rm -rf .venv .peers build dist *.egg-info vblora/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .peers .clients tests/e2e/clients/node/node_modules build dist *.egg-info vblora/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard vblora/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS) \
 		-c constraints.txt -e '.[demo,train,dev]'
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+.clients/installed: tests/e2e/clients/requirements.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install $(PIP_ARGS) -r $<
+	touch $@
+
+tests/e2e/clients/node/node_modules/installed: tests/e2e/clients/node/package-lock.json
+	npm ci --no-audit --no-fund --prefix tests/e2e/clients/node
 	touch $@
 
 .peers/%/installed: export CMAKE_ARGS = -DGGML_NATIVE=ON

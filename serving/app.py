@@ -52,6 +52,7 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
     context = ApiContext(
         engine=engine,
         codec=engine.codec,
+        structures=engine.grammars,
         card=engine.card,
         catalog=catalog,
         authenticator=OpenAuthenticator(),
@@ -185,5 +186,12 @@ def _caps(settings: ServerSettings) -> Caps:
         prompts=settings.max_prompts,
         stop=settings.max_stop,
         stop_token_ids=settings.max_stop_token_ids,
+        choices=settings.max_choices,
+        allowed_token_ids=settings.max_allowed_token_ids,
+        bad_words=settings.max_bad_words,
         logit_bias=settings.max_logit_bias,
+        logprobs=settings.max_logprobs,
+        tools=settings.max_tools,
+        structure_bytes=settings.max_structure_bytes,
+        structure_choices=settings.max_structure_choices,
     )

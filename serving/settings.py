@@ -102,6 +102,15 @@ class ServerSettings(BaseSettings):
     max_stop: Positive = Field(16, description="Most stop strings in one request.")
     max_stop_token_ids: Positive = Field(1024, description="Most stop token ids in one request.")
     max_logit_bias: Positive = Field(1024, description="Most entries of logit_bias in one request.")
+    max_choices: Positive = Field(16, description="Most choices of one prompt, `n`.")
+    max_allowed_token_ids: Positive = Field(8192, description="Most allowed_token_ids in one request.")
+    max_bad_words: Positive = Field(128, description="Most bad_words in one request.")
+    max_logprobs: Positive = Field(20, description="Most of the likeliest tokens told of at each token.")
+    max_tools: Positive = Field(128, description="Most tools in one request.")
+    max_structure_bytes: ByteSize = Field(
+        ByteSize(64 * 2**10), description="Longest schema, regular expression or grammar that answers must match."
+    )
+    max_structure_choices: Positive = Field(1024, description="Most entries of structured_outputs.choice.")
 
     @field_validator("adapter")
     @classmethod

@@ -13,6 +13,12 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 Role = Literal["tenant", "operator"]
 StepPhase = Literal["prefill", "decode", "mixed"]
 
+# How a call of a tool is written in the model's text: begin, the name as JSON, middle, the arguments as JSON, end.
+TOOL_CALL_BEGIN = '<tool_call>\n{"name": '
+TOOL_CALL_MIDDLE = ', "arguments": '
+TOOL_CALL_END = "}\n</tool_call>"
+StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "tools"]
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -23,11 +29,26 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True)
+class Structure:
+    """What the text of an answer must match. `text` is, by `kind`: empty for ``json_object``; a JSON schema; a regular
+    expression; a JSON list of strings; a grammar in llguidance's Lark; or, for ``tools``, a JSON object of the `tools`
+    (objects of `name` and `parameters`, a schema), whether a call is `required`, whether several calls may follow each
+    other (`parallel`), and the schema that an `answer` without a call must match, null where any text will do."""
+
+    kind: StructureKind
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request turns logits into tokens. Ranges are checked where a request enters (`serving/api`).
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 and `min_p` 0 keep every token; `seed` None draws one.
-    `max_tokens` counts generated tokens; `min_tokens` bans end of text and stop tokens until that many are out.
+    `max_tokens` counts generated tokens, 0 only scores the prompt; `min_tokens` bans end of text and stop tokens until
+    that many are out. `bad_words` are token sequences that are never completed; `allowed_token_ids`, if any, are the
+    only ones. `logprobs` and `prompt_logprobs` ask for that many of the likeliest tokens beside each generated token
+    and each of the prompt's, of the model's own distribution, before bias, penalties and temperature; 0 for the token
+    alone, None for nothing.
     """
 
     max_tokens: int
@@ -45,13 +66,21 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One row for the engine. `revision` is the full content hash of a resident adapter; None is the base model.
 
-    Rows share cached prefixes within a tenant, a revision and a `cache_salt`.
+    Rows share cached prefixes within a tenant, a revision and a `cache_salt`. A lower `priority` goes first among the
+    waiting of one tenant. `follows` names a row with the same prompt: this one waits until that one's prompt is in the
+    cache, and shares it. `pooled` asks for the mean of the prompt's last hidden states instead of tokens.
     """
 
     request_id: str
@@ -60,15 +89,31 @@ class GenerationRequest:
     sampling: SamplingParams
     revision: str | None = None
     cache_salt: str | None = None
+    priority: int = 0
+    follows: str | None = None
+    pooled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The natural logarithm of one token's probability. `rank` 1 is the likeliest token; `top` holds the likeliest
+    tokens with theirs, likeliest first, as many as were asked for."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEvent:
     """What one step did for one request.
 
-    `text` is the newly decoded text (may be empty while a character is incomplete), `token_ids` the tokens behind it.
-    The last event of a request has a `finish_reason` and says how many of the prompt's tokens were `cached_tokens`,
-    found in the cache; with "error", `error` says why in words fit for a stranger.
+    `text` is the newly decoded text (may be empty while a character is incomplete), `token_ids` the tokens behind it,
+    with their `logprobs` where asked for. `prompt_logprobs`, one for each token of the prompt but the first, come once,
+    with the first event; the `embedding` of a pooled request with its only one. The last event of a request has a
+    `finish_reason` and says how many of the prompt's tokens were `cached_tokens`, found in the cache; with "error",
+    `error` says why in words fit for a stranger.
     """
 
     request_id: str
@@ -77,14 +122,50 @@ class GenerationEvent:
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function by the model: `arguments` are JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function the model may call; `parameters` is the JSON text of its arguments' schema."""
+
+    name: str
+    description: str
+    parameters: str
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat. An assistant's may hold `tool_calls`; one of role ``tool`` answers the call
+    `tool_call_id`."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a chat becomes a prompt. `continue_final_message` leaves the last message open instead of beginning a new
+    one; `template_arguments` is the JSON text of what the template gets besides, None for nothing."""
+
+    tools: tuple[Tool, ...] = ()
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_arguments: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +257,22 @@ class TextCodec(Protocol):
     """Text ↔ tokens of the base model. Thread-safe; slow on long texts: run it off the event loop."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The chat template applied, generation prompt included. `InvalidValue` where the template refuses."""
+    def encode_chat(self, messages: Sequence[Message], options: ChatOptions = ...) -> list[int]:
+        """The chat template applied. `InvalidValue` where the template refuses."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, which need not be whole characters."""
+
+
+class StructureChecker(Protocol):
+    """Compiles what answers must match. Slow, and bounded in time and memory: run it off the event loop."""
+
+    def known(self, structure: Structure) -> bool:
+        """Whether `check` has accepted this before and need not be called. Returns at once."""
+
+    def check(self, structure: Structure, param: str) -> None:
+        """Raise `InvalidValue` with `param` for what cannot be compiled within the limits."""
 
 
 @dataclass(slots=True)

@@ -41,6 +41,7 @@ if available:  # looked up once: each call through `torch.ops` costs microsecond
     _scale_rows = torch.ops.vblora.scale_rows_.default
     _rotate = torch.ops.vblora.rotate.default
     _argmax = torch.ops.vblora.argmax.default
+    _forbid = torch.ops.vblora.forbid_.default
     _rms_norm = torch.ops.vblora.rms_norm.default
 
 
@@ -149,6 +150,12 @@ def argmax(x: Tensor) -> Tensor:
     holds what is not a number, the index of the first of these, as `torch.argmax` gives one of them."""
     result: Tensor = _argmax(x)
     return result
+
+
+def forbid(x: Tensor, bits: Tensor) -> None:
+    """Set the numbers of x (size,) whose bits are not set to minus infinity, in place. `bits` (words,) int32 has 32 of
+    them a word, the lowest first; numbers beyond its end have none set."""
+    _forbid(x, bits)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

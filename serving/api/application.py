@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from starlette.middleware import Middleware
@@ -11,35 +13,54 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 from starlette.types import Scope
 
-from serving.api import adapters, generate, health, models
+from serving.api import adapters, docs, embeddings, generate, health, models, responses
 from serving.api.context import ApiContext
 from serving.api.errors import install_error_handlers
 from serving.api.generate import ADAPTER_HEADER
 from serving.api.middleware import REQUEST_ID_HEADER, Access, BodyLimit, HostCheck, RequestScope
 from serving.api.openapi import ERROR_RESPONSES, install_openapi
 
-ROUTERS: tuple[APIRouter, ...] = (generate.router, models.router, adapters.router, health.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    generate.router,
+    responses.router,
+    embeddings.router,
+    models.router,
+    adapters.router,
+    health.router,
+    docs.router,
+)
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 def build_application(context: ApiContext, lifespan: Lifespan, cors_origins: Sequence[str] = ()) -> FastAPI:
     """The application; `lifespan` brackets its time of service."""
+    app = _routes(context.version, lifespan=lifespan, middleware=_layers(context, cors_origins))
+    app.state.context = context
+    app.state.methods_of = methods_of
+    install_error_handlers(app)
+    return app
+
+
+def specification(version: str) -> str:
+    """The text of `/openapi.json` for people to read and to compare: keys in order, one newline at the end."""
+    return json.dumps(_routes(version).openapi(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _routes(version: str, **options: Any) -> FastAPI:
     app = FastAPI(
         title="VB-LoRA inference server",
-        version=context.version,
+        version=version,
         description="One base model, many VB-LoRA adapters, OpenAI's routes.",
+        openapi_url=docs.SPECIFICATION,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=lifespan,
-        middleware=_layers(context, cors_origins),
+        generate_unique_id_function=lambda route: route.name,
         responses=ERROR_RESPONSES,
+        **options,
     )
-    app.state.context = context
-    app.state.methods_of = methods_of
     for router in ROUTERS:
         app.include_router(router)
-    install_error_handlers(app)
     install_openapi(app)
     return app
 

@@ -6,6 +6,7 @@ Knows no routes. Stricter than `json`: no NaN or Infinity, no lone surrogates, o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -13,10 +14,10 @@ from fastapi import Request
 from pydantic import ValidationError
 
 from serving.api.errors import validation_error
-from serving.api.fields import check_fields
-from serving.api.schemas import RequestModel
+from serving.api.fields import RequestModel, check_fields
 from serving.errors import InvalidValue
 
+_WHOLE = re.compile(r"-?[0-9]{1,18}\.0+")
 T = TypeVar("T", bound=RequestModel)
 
 
@@ -43,7 +44,7 @@ def parse_body(model: type[T], raw: bytes, *, context: object) -> T:
 def parse_json(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`. Raises `InvalidValue` for anything else."""
     try:
-        data = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        data = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_number)
         surrogate = next(_lone_surrogates(data, ()), None) if b"\\u" in raw else None
     except UnicodeDecodeError as error:
         raise InvalidValue("the body is not UTF-8") from error
@@ -67,6 +68,11 @@ def _require_json(request: Request) -> None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number in JSON")
+
+
+def _number(text: str) -> int | float:
+    """``8.0`` is an integer in JSON."""
+    return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else float(text)
 
 
 def _lone_surrogates(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

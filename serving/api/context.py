@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
@@ -15,20 +15,28 @@ from prometheus_client import CollectorRegistry
 
 from serving.api.lifecycle import Lifecycle
 from serving.api.replies import Usage
+from serving.api.turns import Turns
 from serving.tenancy.authenticator import Authenticator
-from serving.types import AdapterCatalog, Caller, EngineClient, GenerationEvent, ModelCard, TextCodec
+from serving.types import AdapterCatalog, Caller, EngineClient, GenerationEvent, ModelCard, StructureChecker, TextCodec
 
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """The most one request may ask for: sizes are bytes, the rest are entries."""
+    """The most one request may ask for: sizes are bytes or characters, the rest are entries."""
 
     body_bytes: int = 4 * 2**20
     upload_bytes: int = 64 * 2**20
     prompts: int = 256
+    choices: int = 16
     stop: int = 16
     stop_token_ids: int = 1024
+    allowed_token_ids: int = 8192
+    bad_words: int = 128
     logit_bias: int = 1024
+    logprobs: int = 20
+    tools: int = 128
+    structure_bytes: int = 64 * 2**10
+    structure_choices: int = 1024
 
 
 class ApiObserver(Protocol):
@@ -44,6 +52,7 @@ class ApiContext:
 
     engine: EngineClient
     codec: TextCodec
+    structures: StructureChecker
     card: ModelCard
     catalog: AdapterCatalog
     authenticator: Authenticator
@@ -52,6 +61,7 @@ class ApiContext:
     registry: CollectorRegistry
     version: str
     caps: Caps = Caps()
+    compiling: Turns = field(default_factory=Turns)  # of what answers must match
     hosts: frozenset[str] | None = None
 
 

@@ -51,7 +51,8 @@ def error_response(error: ServingError) -> Response:
 def validation_error(errors: Sequence[Any], *, skip: int = 0) -> InvalidValue:
     """The first of pydantic's `errors` as one sentence; its place, without the first `skip` steps, is the param."""
     first = errors[0]
-    param = ".".join(str(step) for step in first["loc"][skip:]) or None
+    place = [*first["loc"][skip:], *([first["ctx"]["field"]] if first["type"] == "fault" else [])]
+    param = ".".join(str(step) for step in place) or None
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return InvalidValue(f"{param or 'body'}: {message}", param=param)

@@ -1,4 +1,5 @@
-"""Fields that clients of OpenAI or vLLM may send and this server does not act on: the published list, as data.
+"""Which fields a body has, and which ones clients of OpenAI or vLLM may send that this server does not act on: the
+published list, as data.
 
 A field is refused by name unless its value is null or one that has no effect; a field that nobody knows is ignored
 and logged once. Knows no routes.
@@ -8,84 +9,73 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
 
 from serving.errors import InvalidValue
-
-if TYPE_CHECKING:
-    from serving.api.schemas import RequestModel
 
 NoEffect = tuple[object, ...]
 
 UNSUPPORTED: Mapping[str, NoEffect] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "detokenize": (True,),
     "early_stopping": (False,),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
-    "logprobs": (False,),
     "metadata": ({},),
     "modalities": (["text"],),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-CHAT_TEMPLATE_FIELDS: Mapping[str, NoEffect] = {
-    "add_generation_prompt": (True,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-}
-CHAT_UNSUPPORTED: Mapping[str, NoEffect] = {**UNSUPPORTED, **CHAT_TEMPLATE_FIELDS, "add_special_tokens": (False,)}
-MESSAGE_UNSUPPORTED: Mapping[str, NoEffect] = {
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-TOKENIZE_UNSUPPORTED: Mapping[str, NoEffect] = {
-    **CHAT_TEMPLATE_FIELDS,
-    "return_token_strs": (False,),
+COMPLETION_UNSUPPORTED: Mapping[str, NoEffect] = {
+    **UNSUPPORTED,
+    "parallel_tool_calls": (True, False),
+    "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "top_logprobs": (0,),
 }
+CHAT_UNSUPPORTED: Mapping[str, NoEffect] = {
+    **UNSUPPORTED,
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+}
+MESSAGE_UNSUPPORTED: Mapping[str, NoEffect] = {"audio": (), "function_call": ()}
+EMBEDDING_UNSUPPORTED: Mapping[str, NoEffect] = {"dimensions": ()}
+TOKENIZE_UNSUPPORTED: Mapping[str, NoEffect] = {"chat_template": (), "documents": ([],)}
 
 _MAX_LOGGED_NAMES = 100
 _MAX_LOGGED_LENGTH = 64
 _logged: set[str] = set()
 _logger = logging.getLogger("serving.api")
+
+
+class RequestModel(BaseModel):
+    """A body or a part of one. `unsupported` maps known fields that it lacks to the values they may have all the
+    same."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    unsupported: ClassVar[Mapping[str, NoEffect]] = {}
 
 
 def check_fields(model: type[RequestModel], data: Mapping[str, Any]) -> None:

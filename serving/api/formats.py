@@ -1,44 +1,31 @@
-"""Rows' events → the bodies and chunks of the two generating routes. Knows no engine: text and reasons come in."""
+"""Choices → the bodies and chunks of the two generating routes, in OpenAI's shape. Knows no engine: events come in."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from serving.api.replies import (
-    AssistantMessage,
-    ChatChoice,
-    ChatReply,
-    CompletionChoice,
-    CompletionReply,
-    Usage,
-)
+from serving.api.choices import ChatState, CompletionState, dump_prompt
+from serving.api.logprobs import prompt_logprobs
+from serving.api.replies import ChatReply, CompletionReply, PromptLogprobs, Usage
+from serving.types import GenerationEvent
+
+State = TypeVar("State", CompletionState, ChatState)
 
 
-@dataclass(slots=True)
-class Choice:
-    """What one row has produced so far."""
-
-    texts: list[str] = field(default_factory=list)
-    finish_reason: str = ""
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-
-@dataclass(frozen=True)
-class Format(ABC):
-    """One request's reply in OpenAI's shape. `model` echoes the request; `request_id` is what follows the prefix."""
+@dataclass
+class Format(ABC, Generic[State]):
+    """One request's reply. `model` echoes the request; `request_id` is what follows the prefix."""
 
     request_id: str
     model: str
     created: int
-    wants_usage: bool = False
+    wants_usage: bool
+    choices: Sequence[State]
 
     prefix: ClassVar[str]
     chunk_object: ClassVar[str]
@@ -48,17 +35,13 @@ class Format(ABC):
         return f"{self.prefix}-{self.request_id}"
 
     @abstractmethod
-    def reply(self, choices: Sequence[Choice], usage: Usage) -> BaseModel:
-        """The whole answer."""
+    def reply(self, usage: Usage) -> BaseModel:
+        """The whole answer, once all events are in."""
 
-    @abstractmethod
-    def delta(self, text: str, *, first: bool) -> dict[str, Any]:
-        """What is new in a choice; `first` marks its first chunk."""
-
-    def chunk(self, index: int, text: str, finish_reason: str | None, *, first: bool) -> dict[str, Any]:
-        """One chunk of a stream."""
-        choice = {"index": index, **self.delta(text, first=first), "logprobs": None, "finish_reason": finish_reason}
-        return self._envelope([choice], None)
+    def take(self, index: int, event: GenerationEvent) -> dict[str, Any] | None:
+        """Add an event of row `index`; returns the chunk for it, None if there is nothing to tell."""
+        told = self.choices[index].take(event)
+        return None if told is None else self._envelope([told], None)
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The last chunk of a stream whose client asked for usage."""
@@ -77,37 +60,44 @@ class Format(ABC):
         return chunk
 
 
-class CompletionFormat(Format):
+class CompletionFormat(Format[CompletionState]):
     """`/v1/completions`."""
 
     prefix = "cmpl"
     chunk_object = "text_completion"
 
-    def reply(self, choices: Sequence[Choice], usage: Usage) -> CompletionReply:
-        entries = [
-            CompletionChoice(index=index, text=choice.text, finish_reason=choice.finish_reason)
-            for index, choice in enumerate(choices)
-        ]
-        return CompletionReply(id=self.id, created=self.created, model=self.model, choices=entries, usage=usage)
-
-    def delta(self, text: str, *, first: bool) -> dict[str, Any]:
-        return {"text": text}
+    def reply(self, usage: Usage) -> CompletionReply:
+        choices = [choice.whole() for choice in self.choices]
+        return CompletionReply(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
 
-class ChatFormat(Format):
-    """`/v1/chat/completions`. A choice's first chunk carries its role, and no chunk empty content but the first."""
+class ChatFormat(Format[ChatState]):
+    """`/v1/chat/completions`. The prompt's log probabilities stand beside the choices, in the first chunk."""
 
     prefix = "chatcmpl"
     chunk_object = "chat.completion.chunk"
 
-    def reply(self, choices: Sequence[Choice], usage: Usage) -> ChatReply:
-        entries = [
-            ChatChoice(index=index, message=AssistantMessage(content=choice.text), finish_reason=choice.finish_reason)
-            for index, choice in enumerate(choices)
-        ]
-        return ChatReply(id=self.id, created=self.created, model=self.model, choices=entries, usage=usage)
+    def reply(self, usage: Usage) -> ChatReply:
+        return ChatReply(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=[choice.whole() for choice in self.choices],
+            usage=usage,
+            prompt_logprobs=self._prompt_logprobs(),
+        )
 
-    def delta(self, text: str, *, first: bool) -> dict[str, Any]:
-        if first:
-            return {"delta": {"role": "assistant", "content": text}}
-        return {"delta": {"content": text} if text else {}}
+    def take(self, index: int, event: GenerationEvent) -> dict[str, Any] | None:
+        first = index == 0 and not self.choices[0].started
+        chunk = super().take(index, event)
+        if chunk is not None and first and self._wants_scores:
+            chunk["prompt_logprobs"] = dump_prompt(self._prompt_logprobs())
+        return chunk
+
+    @property
+    def _wants_scores(self) -> bool:
+        return self.choices[0].row.sampling.prompt_logprobs is not None
+
+    def _prompt_logprobs(self) -> PromptLogprobs | None:
+        choice = self.choices[0]
+        return prompt_logprobs(choice.codec, choice.scores) if self._wants_scores else None

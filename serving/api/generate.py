@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from typing import Annotated
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from serving.api.body import json_body
+from serving.api.choices import chat_choices, completion_choices
+from serving.api.compiling import compile_structures
 from serving.api.context import ApiContext, CallerOf, Context, Record, RequestRecord, UntilAnswered
-from serving.api.formats import ChatFormat, Choice, CompletionFormat, Format
+from serving.api.formats import ChatFormat, CompletionFormat, Format
 from serving.api.openapi import request_body
 from serving.api.prepare import Prepared, prepare_chat, prepare_completion
 from serving.api.replies import ChatReply, CompletionReply
 from serving.api.resolve import shown_name
 from serving.api.rows import Rows, unless_disconnected
 from serving.api.schemas import ChatBody, CompletionBody, GenerationBody
-from serving.api.sse import MEDIA_TYPE, event_stream
+from serving.api.sse import MEDIA_TYPE, chunk_lines, event_stream
 from serving.types import Caller
 
 ADAPTER_HEADER = "X-VBLoRA-Adapter"
@@ -40,9 +42,11 @@ async def create_completion(
     stack: UntilAnswered,
 ) -> Response:
     """Continue one or more prompts; each prompt is a choice of its own."""
+    await compile_structures(context, caller, body)
     prepared = await to_thread.run_sync(prepare_completion, context, caller, body)
-    rows = _admit(context, caller, record, prepared, stack)
-    return await _answer(request, body, rows, _format(CompletionFormat, body, record), record)
+    rows = admit(context, caller, record, prepared, stack)
+    choices = completion_choices(prepared, context.codec, body)
+    return await _answer(request, body, rows, CompletionFormat(*_head(body, record), choices), record)
 
 
 @router.post("/v1/chat/completions", response_model=ChatReply, openapi_extra=request_body(ChatBody))
@@ -55,43 +59,42 @@ async def create_chat_completion(
     stack: UntilAnswered,
 ) -> Response:
     """Answer the last message of a chat."""
+    await compile_structures(context, caller, body)
     prepared = await to_thread.run_sync(prepare_chat, context, caller, body)
-    rows = _admit(context, caller, record, prepared, stack)
-    return await _answer(request, body, rows, _format(ChatFormat, body, record), record)
+    rows = admit(context, caller, record, prepared, stack)
+    choices = chat_choices(prepared, context.codec, body)
+    return await _answer(request, body, rows, ChatFormat(*_head(body, record), choices), record)
 
 
-def _admit(context: ApiContext, caller: Caller, record: RequestRecord, prepared: Prepared, stack: ExitStack) -> Rows:
+def admit(context: ApiContext, caller: Caller, record: RequestRecord, prepared: Prepared, stack: ExitStack) -> Rows:
     """Hand the rows to the engine; `stack` ends them and then releases the pin."""
     if prepared.pin is not None:
         stack.callback(prepared.pin.release)
     record.adapter = shown_name(prepared.pin)
-    record.prompt_tokens = sum(len(prompt) for prompt in prepared.prompts)
-    revision = None if prepared.pin is None else prepared.pin.content_hash
+    record.prompt_tokens = prepared.prompt_tokens
     rows = stack.enter_context(Rows(context.engine))
-    for prompt, sampling in zip(prepared.prompts, prepared.sampling, strict=True):
-        rows.submit(caller.tenant, prompt, sampling, revision, prepared.cache_salt)
+    rows.submit(caller.tenant, prepared)
     stack.enter_context(context.lifecycle.generation(rows.end))
     return rows
 
 
-def _format(shape: type[Format], body: GenerationBody, record: RequestRecord) -> Format:
-    return shape(body.request_id or record.request_id, body.model, int(time.time()), body.wants_usage)
+def _head(body: GenerationBody, record: RequestRecord) -> tuple[str, str, int, bool]:
+    return body.request_id or record.request_id, body.model, int(time.time()), body.wants_usage
 
 
-async def _answer(request: Request, body: GenerationBody, rows: Rows, shape: Format, record: RequestRecord) -> Response:
+async def _answer(
+    request: Request, body: GenerationBody, rows: Rows, shape: Format[Any], record: RequestRecord
+) -> Response:
     headers = {ADAPTER_HEADER: record.adapter or ""}
     if body.stream:
         headers["Cache-Control"] = "no-cache"
-        return StreamingResponse(event_stream(rows, shape, record), media_type=MEDIA_TYPE, headers=headers)
-    choices = await unless_disconnected(request, _collect(rows, record))
-    reply = shape.reply(choices, record.usage)
-    return JSONResponse(reply.model_dump(), headers=headers)
+        lines = chunk_lines(rows, shape, record)
+        return StreamingResponse(event_stream(lines, record), media_type=MEDIA_TYPE, headers=headers)
+    await unless_disconnected(request, _collect(rows, shape, record))
+    return JSONResponse(shape.reply(record.usage).model_dump(), headers=headers)
 
 
-async def _collect(rows: Rows, record: RequestRecord) -> list[Choice]:
-    choices = [Choice() for _ in range(len(rows))]
+async def _collect(rows: Rows, shape: Format[Any], record: RequestRecord) -> None:
     async for index, event in rows.events():
         record.count(event)
-        choices[index].texts.append(event.text)
-        choices[index].finish_reason = event.finish_reason or ""
-    return choices
+        shape.take(index, event)

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends
 
 from serving.api.body import json_body
 from serving.api.context import ApiContext, CallerOf, Context
+from serving.api.logprobs import token_text
 from serving.api.openapi import request_body
 from serving.api.prepare import check_token_ids
 from serving.api.replies import DetokenizeReply, ModelEntry, ModelList, TokenizeReply
@@ -40,7 +41,8 @@ async def tokenize(
 ) -> TokenizeReply:
     """The tokens of a text, or of a chat up to where the answer begins."""
     tokens = await to_thread.run_sync(_tokens, context, caller, body)
-    return TokenizeReply(count=len(tokens), max_model_len=context.card.max_model_len, tokens=tokens)
+    texts = [token_text(context.codec.token_bytes(token)) for token in tokens] if body.return_token_strs else None
+    return TokenizeReply(count=len(tokens), max_model_len=context.card.max_model_len, tokens=tokens, token_strs=texts)
 
 
 @router.post("/detokenize", openapi_extra=request_body(DetokenizeBody))
@@ -68,7 +70,7 @@ def _tokens(context: ApiContext, caller: Caller, body: TokenizeBody) -> list[int
     if body.messages is not None and body.add_special_tokens:
         raise InvalidValue("add_special_tokens does not apply to messages", param="add_special_tokens")
     if body.messages is not None:
-        tokens = context.codec.encode_chat([message.message() for message in body.messages])
+        tokens = context.codec.encode_chat([message.message() for message in body.messages], body.options())
     else:
         special = True if body.add_special_tokens is None else body.add_special_tokens
         tokens = context.codec.encode(body.prompt or "", add_special_tokens=special)

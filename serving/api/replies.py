@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from serving.types import AdapterInfo, ModelCard, RevisionInfo
 
 OWNER = "vblora"
+
+
+def _is_none(value: object) -> bool:
+    """For fields that a reply only has where they were asked for."""
+    return value is None
 
 
 class PromptTokensDetails(BaseModel):
@@ -35,11 +40,39 @@ class Usage(BaseModel):
         )
 
 
+class CompletionLogprobs(BaseModel):
+    """An entry a token in each list. The prompt's first token has null in two of them."""
+
+    tokens: list[str] = Field(default_factory=list)
+    token_logprobs: list[float | None] = Field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
+    text_offset: list[int] = Field(default_factory=list)
+
+    def extend(self, other: CompletionLogprobs) -> None:
+        """Append the entries of `other`."""
+        self.tokens += other.tokens
+        self.token_logprobs += other.token_logprobs
+        self.top_logprobs += other.top_logprobs
+        self.text_offset += other.text_offset
+
+
+class PromptLogprob(BaseModel):
+    """One token of the prompt, or one that might have stood in its place."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str
+    prompt_logprobs: PromptLogprobs | None = Field(None, exclude_if=_is_none)
 
 
 class CompletionReply(BaseModel):
@@ -51,16 +84,51 @@ class CompletionReply(BaseModel):
     usage: Usage
 
 
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
+class TopLogprob(BaseModel):
+    """A token and its probability's logarithm; `bytes` are those of its text, which need not be whole characters."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    """A generated token, and the likeliest ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenLogprob]
     refusal: None = None
+
+
+class FunctionCall(BaseModel):
+    """A function's name and the JSON text of its arguments."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallEntry(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class AssistantMessage(BaseModel):
+    """`content` is null where there are only calls."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ToolCallEntry] | None = Field(None, exclude_if=_is_none)
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
 
 
@@ -71,6 +139,7 @@ class ChatReply(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = Field(None, exclude_if=_is_none)
 
 
 class ModelEntry(BaseModel):
@@ -181,7 +250,7 @@ class TokenizeReply(BaseModel):
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: None = None
+    token_strs: list[str] | None = None
 
 
 class DetokenizeReply(BaseModel):

@@ -14,8 +14,9 @@ from uuid import uuid4
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from serving.api.prepare import Prepared
 from serving.errors import Draining, InternalError
-from serving.types import EngineClient, GenerationEvent, GenerationRequest, GenerationStream, SamplingParams
+from serving.types import EngineClient, GenerationEvent, GenerationRequest, GenerationStream
 
 T = TypeVar("T")
 
@@ -39,18 +40,24 @@ class Rows:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def submit(
-        self,
-        tenant: str,
-        prompt: tuple[int, ...],
-        sampling: SamplingParams,
-        revision: str | None,
-        cache_salt: str | None,
-    ) -> None:
-        """Queue one row. Raises what `EngineClient.submit` raises; the rows before it then end with the block."""
-        request = GenerationRequest(uuid4().hex, tenant, prompt, sampling, revision, cache_salt)
-        self._streams.append(self._engine.submit(request))
-        self._unfinished[request.request_id] = len(self._streams) - 1
+    def submit(self, tenant: str, prepared: Prepared) -> None:
+        """Queue the rows. Raises what `EngineClient.submit` raises; the rows before it then end with the block."""
+        revision = None if prepared.pin is None else prepared.pin.content_hash
+        ids = [uuid4().hex for _ in prepared.rows]
+        for request_id, row in zip(ids, prepared.rows, strict=True):
+            request = GenerationRequest(
+                request_id,
+                tenant,
+                row.prompt,
+                row.sampling,
+                revision,
+                prepared.cache_salt,
+                prepared.priority,
+                follows=None if row.leader is None else ids[row.leader],
+                pooled=row.pooled,
+            )
+            self._streams.append(self._engine.submit(request))
+            self._unfinished[request_id] = len(self._streams) - 1
 
     def end(self) -> None:
         """Abort the unfinished rows: their last event says so."""

@@ -5,139 +5,23 @@ Sizes that depend on the base model (context, vocabulary) are checked in `prepar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationInfo,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serving.api.context import Caps
 from serving.api.fields import (
     CHAT_UNSUPPORTED,
-    MESSAGE_UNSUPPORTED,
+    COMPLETION_UNSUPPORTED,
+    EMBEDDING_UNSUPPORTED,
     TOKENIZE_UNSUPPORTED,
-    UNSUPPORTED,
-    NoEffect,
-    has_no_effect,
-    unsupported_message,
+    RequestModel,
 )
-from serving.types import Message, SamplingParams
-
-_INT64 = 2**63
-_GREEDY_BELOW = 1e-5
-Prompt = str | tuple[int, ...]
-T = TypeVar("T")
-
-
-class RequestModel(BaseModel):
-    """A body. `unsupported` maps known fields that it lacks to the values they may have all the same."""
-
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-    unsupported: ClassVar[Mapping[str, NoEffect]] = {}
-
-
-def _caps(info: ValidationInfo) -> Caps:
-    return info.context if isinstance(info.context, Caps) else Caps()
-
-
-def _limit(entries: int, most: int) -> None:
-    if entries > most:
-        raise ValueError(f"at most {most} entries are allowed, got {entries}")
-
-
-def _is_token_list(value: object) -> bool:
-    return isinstance(value, list) and all(type(token) is int for token in value)
-
-
-def _parse_prompt(value: Any, info: ValidationInfo) -> tuple[Prompt, ...]:
-    """One text, one list of token ids, or a list of either kind → the prompts."""
-    if isinstance(value, str) or (value and _is_token_list(value)):
-        value = [value]
-    if not isinstance(value, list):
-        raise ValueError("must be a string, a list of strings, token ids, or a list of those")
-    _limit(len(value), _caps(info).prompts)
-    if not all(isinstance(item, str) for item in value) and not all(_is_token_list(item) for item in value):
-        raise ValueError("must hold either strings only or lists of token ids only")
-    if not value or not all(value):
-        raise ValueError("must not be empty")
-    return tuple(item if isinstance(item, str) else tuple(item) for item in value)
-
-
-def _wrap_text(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _check_stop(value: list[str], info: ValidationInfo) -> list[str]:
-    _limit(len(value), _caps(info).stop)
-    if not all(value):
-        raise ValueError("must not hold an empty string")
-    return value
-
-
-def _check_stop_token_ids(value: list[int], info: ValidationInfo) -> list[int]:
-    _limit(len(value), _caps(info).stop_token_ids)
-    return value
-
-
-def _check_logit_bias(value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
-    _limit(len(value), _caps(info).logit_bias)
-    if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in value):
-        raise ValueError("its keys must be token ids")
-    return value
-
-
-def _join_parts(value: Any) -> Any:
-    """Content parts of type text, joined; other types are refused."""
-    if not isinstance(value, list):
-        return value
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError('must be a string or a list of {"type": "text", "text": string}')
-    return "".join(part["text"] for part in value)
-
-
-_PROMPT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {"type": "array", "items": {"type": "integer"}, "minItems": 1},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1}, "minItems": 1},
-    ]
-}
-_STOP_SCHEMA = {
-    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}],
-}
-_CONTENT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                "required": ["type", "text"],
-            },
-        },
-    ]
-}
-Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_parse_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
-Content = Annotated[str, BeforeValidator(_join_parts), WithJsonSchema(_CONTENT_SCHEMA)]
-StopStrings = Annotated[list[str], BeforeValidator(_wrap_text), AfterValidator(_check_stop)]
-TokenIds = Annotated[list[int], AfterValidator(_check_stop_token_ids)]
-LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_check_logit_bias)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Count = Annotated[int, Field(ge=1)]
-CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
-RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
+from serving.api.messages import ChatMessage, ToolChoice, ToolDefinition
+from serving.api.sampling import SamplingBody, or_default
+from serving.api.structures import ResponseFormat
+from serving.api.values import Choices, Count, Prompts, TokenId, Top, at_most, fault
+from serving.types import ChatOptions, Structure
 
 
 class StreamOptions(BaseModel):
@@ -145,36 +29,23 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    include_usage: bool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    include_usage: bool | None = Field(None, description="End with a chunk of the counts of tokens.")
+    continuous_usage_stats: Literal[False] | None = Field(None, description="Not supported.")
 
 
-class GenerationBody(RequestModel):
-    """What the two generating routes share. Null always means: as if absent."""
+class GenerationBody(SamplingBody):
+    """What the two generating routes of OpenAI's older kind share."""
 
-    model: str
-    adapter_id: str | None = None
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_INT64 - 1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-_INT64, le=_INT64 - 1)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: LogitBias | None = None
-    stop: Annotated[StopStrings | None, WithJsonSchema(_STOP_SCHEMA)] = None
-    stop_token_ids: TokenIds | None = None
-    ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    skip_special_tokens: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    request_id: RequestId | None = None
-    cache_salt: CacheSalt | None = None
+    n: Choices | None = Field(None, description="Choices for each prompt.")
+    max_tokens: Count | None = Field(
+        None, description="Most tokens to generate; 0 only scores the prompt, with echo or prompt_logprobs."
+    )
+    max_completion_tokens: Count | None = Field(None, description="The newer name of max_tokens, which wins.")
+    prompt_logprobs: Top | None = Field(
+        None, description="Log probabilities of the prompt's tokens, with so many of the likeliest ones."
+    )
+    response_format: ResponseFormat | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
 
     @property
     def requested_tokens(self) -> int | None:
@@ -182,113 +53,215 @@ class GenerationBody(RequestModel):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def choices(self) -> int:
+        """Choices for each prompt."""
+        return or_default(self.n, 1)
+
+    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """How to sample up to `max_tokens`, with the defaults in place of what is absent."""
-        temperature = _or(self.temperature, 1.0)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
-            top_k=max(_or(self.top_k, 0), 0),
-            top_p=_or(self.top_p, 1.0),
-            min_p=_or(self.min_p, 0.0),
-            seed=self.seed,
-            presence_penalty=_or(self.presence_penalty, 0.0),
-            frequency_penalty=_or(self.frequency_penalty, 0.0),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
-            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
-            stop=tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
-            min_tokens=_or(self.min_tokens, 0),
-            skip_special_tokens=_or(self.skip_special_tokens, True),
-        )
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens to tell of at each of the prompt's, None for nothing at all."""
+        return self.prompt_logprobs
 
+    @property
+    def told(self) -> int | None:
+        """The same for generated tokens."""
+        return None
 
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value
+    @property
+    def structure(self) -> tuple[Structure, str] | None:
+        if self.response_format is not None and (structure := self.response_format.structure()):
+            return structure
+        return super().structure
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> GenerationBody:
+        if self.structured_outputs is not None and self.response_format and self.response_format.structure():
+            raise fault("structured_outputs", "response_format and structured_outputs cannot be combined")
+        return self
 
 
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`. Without `max_tokens` up to 16 tokens are generated."""
 
-    unsupported = UNSUPPORTED
+    unsupported = COMPLETION_UNSUPPORTED
 
     prompt: Prompts
-    add_special_tokens: bool | None = None
+    add_special_tokens: bool | None = Field(None, description="Begin texts as the model expects; true without it.")
+    echo: bool | None = Field(None, description="The answer begins with the prompt.")
+    logprobs: Top | None = Field(
+        None, description="Log probabilities of generated tokens (with echo of the prompt's too), with so many others."
+    )
 
+    @property
+    def scored(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        given = [top for top in (echoed, self.prompt_logprobs) if top is not None]
+        return max(given, default=None)
 
-class ChatMessage(RequestModel):
-    """One turn. The role `developer` is OpenAI's newer word for `system` and means the same here."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
-        for name, value in data.items() if isinstance(data, dict) else ():
-            accepted = MESSAGE_UNSUPPORTED.get(name)
-            if accepted is not None and not has_no_effect(value, accepted):
-                raise ValueError(unsupported_message(name, accepted))
-        return data
-
-    def message(self) -> Message:
-        return Message("system" if self.role == "developer" else self.role, self.content)
+    @property
+    def told(self) -> int | None:
+        return self.logprobs
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+Tools = Annotated[list[ToolDefinition], at_most("tools")]
+TemplateArguments = Annotated[dict[str, Any] | None, Field(description="Further variables of the chat template.")]
 
 
-class ChatBody(GenerationBody):
+class ChatPrompt(RequestModel):
+    """How messages become a prompt."""
+
+    tools: Tools | None = None
+    add_generation_prompt: bool | None = Field(None, description="Begin the assistant's answer; true without it.")
+    continue_final_message: bool | None = Field(None, description="Go on with the last message instead of answering.")
+    chat_template_kwargs: TemplateArguments = None
+
+    @property
+    def offered(self) -> list[ToolDefinition]:
+        """The tools that may be called."""
+        return self.tools or []
+
+    def options(self) -> ChatOptions:
+        """How the template is to be applied."""
+        going_on = bool(self.continue_final_message)
+        arguments = json.dumps(self.chat_template_kwargs) if self.chat_template_kwargs else None
+        return ChatOptions(
+            tools=tuple(tool.tool() for tool in self.offered),
+            add_generation_prompt=or_default(self.add_generation_prompt, not going_on),
+            continue_final_message=going_on,
+            template_arguments=arguments,
+        )
+
+    @model_validator(mode="after")
+    def _begin_or_go_on(self) -> ChatPrompt:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise fault(
+                "continue_final_message", "add_generation_prompt and continue_final_message cannot both be true"
+            )
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise fault("tools", "tools must have different names")
+        return self
+
+
+class ChatBody(GenerationBody, ChatPrompt):
     """`POST /v1/chat/completions`. Without `max_tokens` the answer may fill the rest of the context."""
 
     unsupported = CHAT_UNSUPPORTED
 
     messages: Messages
+    logprobs: bool | None = Field(None, description="Log probabilities of generated tokens.")
+    top_logprobs: Top | None = Field(None, description="With so many of the likeliest ones; only with logprobs.")
+    tool_choice: ToolChoice | None = Field(None, description="`auto` without it, where there are tools.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may be made; true without it.")
+
+    @property
+    def told(self) -> int | None:
+        return or_default(self.top_logprobs, 0) if self.logprobs else None
+
+    @property
+    def named(self) -> str | None:
+        """The one function that must be called, if it is named."""
+        return self.tool_choice.function.name if self.tool_choice and self.tool_choice.function else None
+
+    @property
+    def offered(self) -> list[ToolDefinition]:
+        """The tools that may be called."""
+        if self.tool_choice is not None and self.tool_choice.type == "none":
+            return []
+        return [tool for tool in self.tools or () if self.named in (None, tool.function.name)]
+
+    @property
+    def structure(self) -> tuple[Structure, str] | None:
+        answer = super().structure
+        if not self.offered:
+            return answer
+        functions = [tool.tool() for tool in self.offered]
+        rule = {
+            "tools": [{"name": function.name, "parameters": json.loads(function.parameters)} for function in functions],
+            "required": self.tool_choice is not None and self.tool_choice.must_call,
+            "parallel": self.named is None and or_default(self.parallel_tool_calls, True),
+            "answer": None if answer is None else json.loads(answer[0].text or '{"type": "object"}'),
+        }
+        return Structure("tools", json.dumps(rule, ensure_ascii=False)), "tools"
+
+    @model_validator(mode="after")
+    def _what_belongs_together(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise fault("top_logprobs", "top_logprobs may only be set when logprobs is true")
+        if self.tool_choice is not None and self.tool_choice.must_call and not self.tools:
+            raise fault("tool_choice", "tool_choice may only be set when tools are given")
+        if self.tools and self.named and not self.offered:
+            raise fault("tool_choice.function.name", f"{self.named} is none of the tools")
+        if self.offered and self.structured_outputs is not None:
+            raise fault("structured_outputs", "structured_outputs cannot be combined with tools")
+        return self
 
 
-class TokenizeBody(RequestModel):
+class TokenizeBody(ChatPrompt):
     """`POST /tokenize`: either a `prompt` or the `messages` of a chat."""
 
     unsupported = TOKENIZE_UNSUPPORTED
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: str | None = Field(None, examples=["The lighthouse keeper"])
     messages: Messages | None = None
-    add_special_tokens: bool | None = None
+    add_special_tokens: bool | None = Field(None, description="Begin a text as the model expects; true without it.")
+    return_token_strs: bool | None = Field(None, description="Give the tokens as texts too.")
+
+
+class EmbeddingBody(RequestModel):
+    """`POST /v1/embeddings`. Each input gets a vector."""
+
+    unsupported = EMBEDDING_UNSUPPORTED
+
+    model: str = Field(description="The base model, or an adapter as in the other routes.", examples=["saltspoke"])
+    adapter_id: str | None = Field(None, description="Which adapter answers, whatever `model` says.")
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="Numbers, or the base64 of little-endian 32-bit floats."
+    )
+    add_special_tokens: bool | None = Field(None, description="Begin texts as the model expects; true without it.")
+    truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Only so many of an input's last tokens are used."
+    )
+    user: str | None = Field(None, description="Accepted and not used.")
 
 
 class DetokenizeBody(RequestModel):
     """`POST /detokenize`."""
 
-    model: str | None = None
-    tokens: list[int]
+    model: str | None = Field(None, description="Only has to exist: adapters share the base's tokenizer.")
+    tokens: list[TokenId] = Field(description="Special ones are written out.", examples=[[2, 818, 171]])
 
 
 class ActivateBody(RequestModel):
     """Which revision the bare name shall mean."""
 
-    revision: str
+    revision: str = Field(description="One of the adapter's revisions.", examples=["0f1e2d3c4b5a6978"])
 
 
 class SetAdapterBody(RequestModel):
     """``name`` follows activation, ``name@revision`` pins, null unsets."""
 
-    adapter: str | None
+    adapter: str | None = Field(description="What requests use that name no adapter.", examples=["saltspoke"])
 
 
 class LoadAdapterBody(RequestModel):
-    """vLLM's body. `load_inplace` replaces an adapter already loaded under that name."""
+    """vLLM's body."""
 
-    lora_name: str
-    lora_path: str
-    load_inplace: bool | None = None
+    lora_name: str = Field(description="Name of the shared adapter.", examples=["saltspoke"])
+    lora_path: str = Field(
+        description="A folder under one of the server's adapter roots.", examples=["/srv/adapters/saltspoke"]
+    )
+    load_inplace: bool | None = Field(None, description="Replace an adapter already loaded under that name.")
 
 
 class UnloadAdapterBody(RequestModel):
     """vLLM's body."""
 
-    lora_name: str
+    lora_name: str = Field(description="Name of the shared adapter.", examples=["saltspoke"])

@@ -20,31 +20,31 @@ _DONE = format_sse_event(data_str="[DONE]")
 _logger = logging.getLogger("serving.api")
 
 
-async def event_stream(rows: Rows, shape: Format, record: RequestRecord) -> AsyncIterator[bytes]:
-    """Chunks, the usage if it was asked for, ``[DONE]``; or chunks and one error, after which nothing follows."""
+async def event_stream(lines: AsyncIterator[bytes], record: RequestRecord) -> AsyncIterator[bytes]:
+    """`lines` to their end; or lines and one error, after which nothing follows."""
     try:
-        async for chunk in _chunks(rows, shape, record):
-            yield _line(chunk)
-        if shape.wants_usage:
-            yield _line(shape.usage_chunk(record.usage))
-        yield _DONE
+        async for line in lines:
+            yield line
     except ServingError as error:
         record.error_code = error.code
-        yield _line(error_body(error))
+        yield event_line(error_body(error))
     except Exception:
         _logger.exception("stream_failed", extra={"request_id": record.request_id})
         record.error_code = InternalError.code
-        yield _line(error_body(InternalError("internal error")))
+        yield event_line(error_body(InternalError("internal error")))
 
 
-async def _chunks(rows: Rows, shape: Format, record: RequestRecord) -> AsyncIterator[dict[str, Any]]:
-    started: set[int] = set()
+async def chunk_lines(rows: Rows, shape: Format[Any], record: RequestRecord) -> AsyncIterator[bytes]:
+    """Chunks, the usage if it was asked for, ``[DONE]``."""
     async for index, event in rows.events():
         record.count(event)
-        if event.text or event.finish_reason is not None:
-            yield shape.chunk(index, event.text, event.finish_reason, first=index not in started)
-            started.add(index)
+        if chunk := shape.take(index, event):
+            yield event_line(chunk)
+    if shape.wants_usage:
+        yield event_line(shape.usage_chunk(record.usage))
+    yield _DONE
 
 
-def _line(data: dict[str, Any]) -> bytes:
-    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+def event_line(data: dict[str, Any], name: str | None = None) -> bytes:
+    """One event of a stream, with its `name` where the client goes by names."""
+    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")), event=name)

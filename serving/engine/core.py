@@ -9,19 +9,31 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from serving.adapters.residency import Residency
 from serving.adapters.slots import SlotPool
 from serving.engine.blocks import BlockManager
 from serving.engine.detokenizer import Detokenizer
-from serving.engine.model_runner import ModelRunner
+from serving.engine.grammar import Grammars
+from serving.engine.logprobs import token_logprobs
+from serving.engine.model_runner import ModelRunner, StepOutput
 from serving.engine.request import Finish, RequestState, StepPlan
 from serving.engine.sampler import sample
 from serving.engine.scheduler import Scheduler
-from serving.types import EngineObserver, EngineSettings, EngineStats, GenerationEvent, GenerationRequest, StepReport
+from serving.types import (
+    EngineObserver,
+    EngineSettings,
+    EngineStats,
+    GenerationEvent,
+    GenerationRequest,
+    StepReport,
+    TokenLogprob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +50,7 @@ class EngineCore:
         tokenizer: Tokenizer,
         end_of_text: frozenset[int],
         residency: Residency,
+        grammars: Grammars,
         settings: EngineSettings,
         observer: EngineObserver,
     ) -> None:
@@ -53,6 +66,7 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._end_of_text = end_of_text
         self._residency = residency
+        self._grammars = grammars
         self._observer = observer
         self._requests: dict[str, RequestState] = {}
         self._order = itertools.count()
@@ -83,10 +97,18 @@ class EngineCore:
             request.prompt_token_ids,
             stop=params.stop,
             skip_special_tokens=params.skip_special_tokens,
+            include_stop=params.include_stop_str_in_output,
         )
         seed = secrets.randbits(63) if params.seed is None else params.seed
         state = RequestState(
-            request, detokenizer, seed, arrived, next(self._order), tokens=list(request.prompt_token_ids)
+            request,
+            detokenizer,
+            seed,
+            arrived,
+            next(self._order),
+            tokens=list(request.prompt_token_ids),
+            leader=None if request.follows is None else self._requests.get(request.follows),
+            matcher=None if params.structure is None else self._grammars.matcher(params.structure),
         )
         self._requests[request.request_id] = state
         self.scheduler.add(state)
@@ -103,9 +125,10 @@ class EngineCore:
         plan = self.scheduler.schedule()
         try:
             self._fill_slots(plan)
-            logits = self.runner.run(plan)
-            tokens = sample(logits, plan.sampling, self._end_of_text)
-            events = self._commit(plan, tokens)
+            output = self.runner.run(plan)
+            self._note_prompts(output)
+            tokens = sample(output.logits, plan.sampling, self._end_of_text)
+            events = self._commit(plan, tokens, self._score(plan, output.logits, tokens))
         except Exception:
             log.exception("a step of %d requests failed", len(plan.chunks))
             return self._fail(plan)
@@ -121,24 +144,57 @@ class EngineCore:
                 chunk.state.admitted = now
                 self._observer.on_admitted(now - chunk.state.arrived)
 
-    def _commit(self, plan: StepPlan, tokens: Sequence[int | None]) -> list[GenerationEvent]:
+    def _note_prompts(self, output: StepOutput) -> None:
+        """Keep what the step found out about prompts, for requests that want it."""
+        for chunk, logits in output.scored:
+            state, top = chunk.state, chunk.state.request.sampling.prompt_logprobs or 0
+            # Row i predicts token start + i + 1; what a preempted request computes again is known already.
+            first = len(state.scores) + 1
+            targets = state.request.prompt_token_ids[first : chunk.end + 1]
+            rows = logits[first - chunk.start - 1 :][: len(targets)]
+            state.scores += token_logprobs(rows, targets, [top] * len(targets))
+        for state, hidden in output.hidden:
+            state.hidden = hidden if state.hidden is None else state.hidden + hidden
+
+    def _score(self, plan: StepPlan, logits: Tensor, tokens: Sequence[int | None]) -> dict[str, TokenLogprob]:
+        """By request, the log probability of its new token where it wants that."""
+        wanted = [
+            (row, state.id, token, top)
+            for row, (state, token) in enumerate(zip(plan.sampling, tokens, strict=True))
+            if (top := state.request.sampling.logprobs) is not None and token is not None
+        ]
+        if not wanted:
+            return {}
+        rows, ids, chosen, tops = zip(*wanted, strict=True)
+        return dict(zip(ids, token_logprobs(logits[list(rows)], chosen, tops), strict=True))
+
+    def _commit(
+        self, plan: StepPlan, tokens: Sequence[int | None], scores: Mapping[str, TokenLogprob]
+    ) -> list[GenerationEvent]:
         """Record what the step computed; returns an event for every request that got a token."""
         self.scheduler.commit(plan)
-        return [self._take(state, token) for state, token in zip(plan.sampling, tokens, strict=True)]
+        return [
+            self._take(state, token, scores.get(state.id)) for state, token in zip(plan.sampling, tokens, strict=True)
+        ]
 
-    def _take(self, state: RequestState, token: int | None) -> GenerationEvent:
+    def _take(self, state: RequestState, token: int | None, score: TokenLogprob | None) -> GenerationEvent:
+        params = state.request.sampling
+        if params.max_tokens == 0:
+            return self._finish(state, Finish("length"))
         if token is None:
-            return self._finish(state, Finish("error", NOT_FINITE))
+            why = state.matcher.error if state.matcher is not None else None
+            return self._finish(state, Finish("error", why or NOT_FINITE))
         state.tokens.append(token)
         self._clock(state)
-        params = state.request.sampling
         ends = token in params.stop_token_ids or (token in self._end_of_text and not params.ignore_eos)
-        text = "" if ends else state.detokenizer.push(token)
-        if ends or state.detokenizer.stopped:
-            return self._finish(state, Finish("stop"), text, token)
+        hidden = ends and not (params.include_stop_str_in_output and token in params.stop_token_ids)
+        text = "" if hidden else state.detokenizer.push(token)
+        event = GenerationEvent(state.id, text, (token,), logprobs=() if score is None else (score,))
+        if ends or state.detokenizer.stopped or not state.advance(token):
+            return self._finish(state, Finish("stop"), event)
         if state.num_generated >= params.max_tokens or len(state.tokens) >= self.runner.max_model_len:
-            return self._finish(state, Finish("length"), text, token)
-        return GenerationEvent(state.id, text, (token,))
+            return self._finish(state, Finish("length"), event)
+        return replace(event, prompt_logprobs=tuple(state.scores)) if state.num_generated == 1 else event
 
     def _clock(self, state: RequestState) -> None:
         now = time.monotonic()
@@ -148,17 +204,27 @@ class EngineCore:
             self._observer.on_next_token(now - state.last_token)
         state.last_token = now
 
-    def _finish(self, state: RequestState, finish: Finish, text: str = "", token: int | None = None) -> GenerationEvent:
+    def _finish(self, state: RequestState, finish: Finish, event: GenerationEvent | None = None) -> GenerationEvent:
+        """End a request; `event` is what the step did for it."""
+        event = event or GenerationEvent(state.id)
         self.scheduler.remove(state)
         del self._requests[state.id]
         if state.request.revision is not None:
             self._residency.unpin(state.request.revision)
         seconds = time.monotonic() - state.arrived
         prompt = len(state.request.prompt_token_ids)
-        self._observer.on_finished(finish.reason, seconds, prompt, state.cached, state.num_generated)
-        tokens = () if token is None else (token,)
-        text += state.detokenizer.finish()
-        return GenerationEvent(state.id, text, tokens, finish.reason, finish.error, state.cached)
+        # A prompt with several answers counts once.
+        counted, cached = (prompt, state.cached) if state.request.follows is None else (0, 0)
+        self._observer.on_finished(finish.reason, seconds, counted, cached, state.num_generated)
+        return replace(
+            event,
+            text=event.text + state.detokenizer.finish(),
+            finish_reason=finish.reason,
+            error=finish.error,
+            cached_tokens=cached,
+            prompt_logprobs=tuple(state.scores) if state.num_generated <= 1 else (),
+            embedding=() if state.hidden is None else tuple((state.hidden / prompt).tolist()),
+        )
 
     def _drop_retired(self) -> None:
         """Zero the idle slots whose revision has left memory."""

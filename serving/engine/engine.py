@@ -19,9 +19,11 @@ from serving.adapters.residency import Residency
 from serving.engine.codec import ModelCodec
 from serving.engine.compute import ComputeThread
 from serving.engine.core import EngineCore
+from serving.engine.grammar import Grammars
 from serving.engine.model_runner import ModelRunner
 from serving.engine.observer import SilentObserver
 from serving.engine.streams import AsyncStream, Generation, Sink, collect, hand_over
+from serving.engine.vocabulary import Vocabulary
 from serving.errors import (
     ContextLengthExceeded,
     Draining,
@@ -115,16 +117,20 @@ class Engine:
         self.layout = runner.layout
         self.runner = runner
         self.residency = residency or Residency()
-        self.codec = ModelCodec(base.tokenizer)
+        ends = _end_of_text(base)
+        vocab_size = base.model.get_input_embeddings().get_parameter("weight").shape[0]
+        vocabulary = Vocabulary(base.tokenizer, vocab_size, ends)
+        self.codec = ModelCodec(base.tokenizer, vocabulary)
+        self.grammars = Grammars(vocabulary)
         self.card = ModelCard(
             base_id=settings.served_model_name or base.base_id,
             max_model_len=runner.max_model_len,
-            vocab_size=base.model.get_input_embeddings().get_parameter("weight").shape[0],
+            vocab_size=vocab_size,
             created=int(time.time()),
         )
         tokenizer = base.tokenizer.backend_tokenizer
         self._core = EngineCore(
-            runner, tokenizer, _end_of_text(base), self.residency, settings, observer or SilentObserver()
+            runner, tokenizer, ends, self.residency, self.grammars, settings, observer or SilentObserver()
         )
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -194,6 +200,7 @@ class Engine:
         """Stop the thread, after its present step; requests still there end with an error."""
         self._inbox.put(_Stop())
         self._compute.stop(timeout)
+        self.grammars.close()
 
     def submit(self, request: GenerationRequest) -> AsyncStream:
         """Queue a request on the running event loop.

@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from serving.engine.attention import ATTRIBUTE, AttentionStep, PagedLayer, Span
 from serving.engine.compatibility import (
@@ -27,7 +29,7 @@ from serving.engine.compatibility import (
 from serving.engine.linears import MakeProduct, Product, lay_out
 from serving.engine.norms import fuse_norms
 from serving.engine.quantization import Int8Product, check_quantization
-from serving.engine.request import Fill, StepPlan
+from serving.engine.request import Chunk, Fill, RequestState, StepPlan
 from serving.engine.rotary import fuse_rotary
 from serving.errors import StartupError
 from serving.types import EngineSettings
@@ -37,6 +39,16 @@ from vblora.compact import CompactAdapter, SlotLayout
 DEFAULT_CACHE_BYTES = 4 << 30
 FREE_MEMORY_SHARE = 0.25
 MEMORY_FILE = Path("/proc/meminfo")
+
+
+class StepOutput(NamedTuple):
+    """What a step computed: `logits` (n, vocabulary) of the last token of every chunk that samples, in the plan's
+    order; those of all tokens of the chunks that score their prompt; and for the requests that pool, the sum of their
+    chunk's last hidden states, (hidden,) in float32."""
+
+    logits: Tensor
+    scored: list[tuple[Chunk, Tensor]]
+    hidden: list[tuple[RequestState, Tensor]]
 
 
 class ModelRunner:
@@ -61,11 +73,13 @@ class ModelRunner:
         self.bytes_per_token = sum(key.numel() + value.numel() for key, value in shapes) * model.dtype.itemsize
         self.num_blocks, self.max_model_len = self._fit_cache(settings)
         self._layers: list[PagedLayer] = []
+        self._hidden = torch.empty(0)  # the last hidden states (tokens, hidden) of the present step
         for module, (key, value) in record.attention.items():
             positions = self.num_blocks * self.block_size
             layer = PagedLayer(positions, key, value, dtype=model.dtype, device=model.device)
             setattr(module, ATTRIBUTE, layer)
             self._layers.append(layer)
+        model.base_model.register_forward_hook(self._keep_hidden)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         if settings.quantization is None:
             self._lay_out(record, Product)
@@ -136,17 +150,39 @@ class ModelRunner:
             seconds.append(time.perf_counter() - began)
         return seconds
 
-    def run(self, plan: StepPlan) -> Tensor:
-        """Logits (n, vocabulary) of the last token of every chunk that samples, in the plan's order."""
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Run the model on what the plan says."""
         tokens = [token for chunk in plan.chunks for token in chunk.state.tokens[chunk.start : chunk.end]]
         spans = [Span(chunk.state.block_table, chunk.start, chunk.length) for chunk in plan.chunks]
         segments = [Segment(chunk.state.slot, chunk.length) for chunk in plan.chunks]
-        keep, end = [], 0
+        keep: list[int] = []  # rows of the batch whose logits are computed
+        last: list[int] = []  # among those, the last of every chunk that samples
+        scored: list[tuple[Chunk, slice]] = []
+        pooled: list[tuple[Chunk, slice]] = []
+        end = 0
         for chunk in plan.chunks:
-            end += chunk.length
-            if chunk.samples:
+            begin, end = end, end + chunk.length
+            if chunk.state.scoring:
+                scored.append((chunk, slice(len(keep), len(keep) + chunk.length)))
+                keep += range(begin, end)
+            elif chunk.samples:
                 keep.append(end - 1)
-        return self._forward(tokens, spans, segments, keep)
+            if chunk.samples:
+                last.append(len(keep) - 1)
+            if chunk.state.request.pooled:
+                pooled.append((chunk, slice(begin, end)))
+        logits = self._forward(tokens, spans, segments, keep)
+        hidden = self._hidden if pooled else logits
+        return StepOutput(
+            logits if len(last) == len(keep) else logits[last],
+            [(chunk, logits[rows]) for chunk, rows in scored],
+            [(chunk.state, hidden[rows].float().sum(0)) for chunk, rows in pooled],
+        )
+
+    def _keep_hidden(self, _: nn.Module, __: object, output: BaseModelOutputWithPast) -> None:
+        if output.last_hidden_state is None:
+            raise RuntimeError("the model gives no last hidden state")
+        self._hidden = output.last_hidden_state[0]
 
     @torch.inference_mode()
     def _forward(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from serving.engine.detokenizer import Detokenizer
-from serving.types import FinishReason, GenerationRequest
+from serving.engine.grammar import Matcher
+from serving.types import FinishReason, GenerationRequest, TokenLogprob
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -17,6 +21,10 @@ class RequestState:
     blocks of `block_table`, and the full blocks have `block_keys`. `cached` counts the prompt tokens that were in the
     cache when the request was first admitted. Preemption sets `computed` to 0 and frees the blocks, nothing else, so
     that recomputing never samples or emits a token twice. `seed` is the request's own, or one drawn at random.
+
+    `leader` is the state of the row that this one follows; `prompt_done` says that the prompt's keys and values have
+    been in the cache, or never will be. `scores` are the prompt's log probabilities so far, `hidden` the sum of its
+    last hidden states so far, for requests that want them: such a request reads no cached prefix until it has them.
     """
 
     request: GenerationRequest
@@ -33,6 +41,11 @@ class RequestState:
     admitted: float | None = None
     last_token: float | None = None
     preemptions: int = 0
+    leader: RequestState | None = None
+    prompt_done: bool = False
+    matcher: Matcher | None = None
+    scores: list[TokenLogprob] = field(default_factory=list)
+    hidden: Tensor | None = None
 
     @property
     def id(self) -> str:
@@ -42,6 +55,26 @@ class RequestState:
     def remaining(self) -> int:
         """Tokens without keys and values yet; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def blocked(self) -> bool:
+        """Whether it must wait for its leader's prompt."""
+        return self.leader is not None and not self.leader.prompt_done
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log probabilities of the prompt are still to be computed."""
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and len(self.scores) < len(self.request.prompt_token_ids) - 1
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every token of the prompt must be computed, cached or not."""
+        return self.scoring or self.request.pooled
+
+    def advance(self, token: int) -> bool:
+        """Tell the matcher of a token; False once the text can only end here."""
+        return self.matcher is None or self.matcher.advance(token)
 
     @property
     def generated(self) -> list[int]:

@@ -1,7 +1,8 @@
 """Logits → tokens, each row by its own parameters, one random stream a request. Knows no cache and no text.
 
-Order: logit bias, penalties, banned ends; then temperature, min_p, top_k, top_p as vLLM has it; then one uniform a
-token from a generator keyed by (seed, position) and the inverse of the cumulative distribution in vocabulary order.
+Order: penalties, logit bias, banned ends and words, what a grammar allows; then temperature, min_p, top_k, top_p as
+vLLM has it; then one uniform a token from a generator keyed by (seed, position) and the inverse of the cumulative
+distribution in vocabulary order.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from serving.engine.grammar import apply_mask, masks
 from serving.engine.request import RequestState
 from serving.types import SamplingParams
 from vblora import kernels
@@ -27,10 +29,14 @@ def sample(logits: Tensor, states: Sequence[RequestState], end_of_text: frozense
         best = argmax(logits)
         finite = logits[torch.arange(len(logits), device=logits.device), best].isfinite()
         return [token if ok else None for token, ok in zip(best.tolist(), finite.tolist(), strict=True)]
+    allowed = masks([state.matcher for state in states if state.matcher is not None])
+    logits = logits.clone() if any(state.matcher is not None for state in states) else logits  # not the caller's
     rows = list(logits)
     for index, state in enumerate(states):
-        if changes_logits(state):
+        if needs_adjusting(state):
             rows[index] = adjust(logits[index].float().clone(), state, end_of_text)
+        if state.matcher is not None:
+            apply_mask(rows[index], next(allowed))
     tokens: list[int] = [0] * len(rows)
     greedy = [index for index, state in enumerate(states) if state.request.sampling.temperature == 0]
     if greedy:
@@ -64,13 +70,19 @@ def argmax(logits: Tensor) -> Tensor:
 
 def changes_logits(state: RequestState) -> bool:
     """Whether a request asks for more than temperature and truncation."""
+    return state.matcher is not None or needs_adjusting(state)
+
+
+def needs_adjusting(state: RequestState) -> bool:
+    """Whether `adjust` would change anything."""
     params = state.request.sampling
     penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-    return bool(params.logit_bias or penalised or state.num_generated < params.min_tokens)
+    banned = params.bad_words or params.allowed_token_ids or state.num_generated < params.min_tokens
+    return bool(params.logit_bias or penalised or banned)
 
 
 def adjust(row: Tensor, state: RequestState, end_of_text: frozenset[int]) -> Tensor:
-    """Apply bias, penalties and banned ends to one row (vocabulary,) of logits, in place.
+    """One row (vocabulary,) of logits, which may be changed, with penalties, bias and bans.
 
     Presence and frequency count generated tokens (OpenAI); repetition counts the prompt's too (CTRL, arXiv 1909.05858).
     """
@@ -86,10 +98,27 @@ def adjust(row: Tensor, state: RequestState, end_of_text: frozenset[int]) -> Ten
         row[seen] -= params.presence_penalty + params.frequency_penalty * often
     for token, bias in params.logit_bias:
         row[token] += bias
-    if state.num_generated < params.min_tokens:
-        ends = end_of_text.union(params.stop_token_ids)
-        row[torch.tensor(sorted(ends), dtype=torch.long, device=row.device)] = float("-inf")
+    if params.allowed_token_ids:
+        allowed = torch.tensor(params.allowed_token_ids, device=row.device)
+        kept = row[allowed]
+        row.fill_(float("-inf"))[allowed] = kept
+    banned = sorted(_banned(state, end_of_text))
+    if banned:
+        allowed_row = row.clone()
+        row[torch.tensor(banned, device=row.device)] = float("-inf")
+        if not row.isfinite().any():  # where nothing else is allowed a ban cannot be obeyed
+            return allowed_row
     return row
+
+
+def _banned(state: RequestState, end_of_text: frozenset[int]) -> set[int]:
+    """The tokens that would complete a bad word, or end the answer too early."""
+    params = state.request.sampling
+    generated = tuple(state.generated)
+    banned = {last for *before, last in params.bad_words if generated[len(generated) - len(before) :] == tuple(before)}
+    if state.num_generated < params.min_tokens:
+        banned |= end_of_text.union(params.stop_token_ids)
+    return banned
 
 
 def uniform(seed: int, position: int) -> float:
@@ -133,8 +162,10 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
         cumulative = values.double().cumsum(-1)
         if cumulative[-1] >= goal:
             break
-    # A token stays if those before it had not reached the goal.
-    keep = tokens[(cumulative - values.double()) < goal]
+    # A token stays if those before it had not reached the goal; the first always, also where the goal rounds to 0.
+    needed = (cumulative - values.double()) < goal
+    needed[0] = True
+    keep = tokens[needed]
     kept = torch.zeros_like(probabilities)
     kept[keep] = probabilities[keep]
     return kept

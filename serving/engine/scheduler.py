@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection
+from bisect import insort
+from collections.abc import Collection, Sequence
 
 from serving.adapters.slots import SlotPool
 from serving.engine.block_keys import BlockKeys
@@ -11,15 +11,17 @@ from serving.engine.blocks import BlockManager
 from serving.engine.request import Chunk, Fill, RequestState, StepPlan
 
 GENERATED_TOKEN_COST = 2  # a token of service counts 1 when it is prefilled, 2 when it is generated
+SCORED_TOKENS = 128  # of prompts whose log probabilities are wanted, in one step: each is a row over the vocabulary
 
 
 class Scheduler:
     """Continuous batching of at most `max_batch_size` requests and `max_batched_tokens` tokens a step.
 
     Waiting requests are admitted from the tenant that has been served least (the virtual token counter of Sheng et
-    al., "Fairness in Serving Large Language Models", arXiv 2401.00588), first come first served within a tenant. When
-    the cache is full the newest running request is preempted, so the oldest always progresses: the cache must hold
-    one request of full length. A request does not compute what its tenant and revision have left in the cache.
+    al., "Fairness in Serving Large Language Models", arXiv 2401.00588); within a tenant by priority and then first come
+    first served, but for rows that wait for another row's prompt. When the cache is full the newest running request is
+    preempted, so the oldest always progresses: the cache must hold one request of full length. A request does not
+    compute what its tenant and revision have left in the cache.
     """
 
     def __init__(self, blocks: BlockManager, slots: SlotPool, *, max_batch_size: int, max_batched_tokens: int) -> None:
@@ -32,7 +34,7 @@ class Scheduler:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._keys = BlockKeys(blocks.block_size)
-        self._waiting: dict[str, deque[RequestState]] = {}
+        self._waiting: dict[str, list[RequestState]] = {}
         self._served: dict[str, int] = {}
         self._fills: list[Fill] = []
 
@@ -46,15 +48,15 @@ class Scheduler:
 
     def add(self, state: RequestState) -> None:
         """Queue a request."""
-        self._tenant_queue(state.request.tenant).append(state)
+        insort(self._tenant_queue(state.request.tenant), state, key=_turn)
 
-    def _tenant_queue(self, tenant: str) -> deque[RequestState]:
+    def _tenant_queue(self, tenant: str) -> list[RequestState]:
         """A tenant that was idle starts level with the least served busy one: idleness earns no credit."""
         if tenant not in self._waiting:
             busy = {*self._waiting, *(state.request.tenant for state in self.running)} - {tenant}
             floor = min((self._served[other] for other in busy if other in self._served), default=0)
             self._served[tenant] = max(self._served.get(tenant, 0), floor)
-            self._waiting[tenant] = deque()
+            self._waiting[tenant] = []
         return self._waiting[tenant]
 
     def schedule(self) -> StepPlan:
@@ -86,21 +88,23 @@ class Scheduler:
         if not states:
             return []
         oldest, *others = sorted(states, key=lambda state: state.order)
-        left = budget - min(oldest.remaining, (budget + 1) // 2)
+        wanted = _wanted([oldest, *others])
+        left = budget - min(wanted[oldest.order], (budget + 1) // 2)
         chunks = []
         for state in sorted(others, key=lambda state: (state.remaining, state.order)):
-            length = min(state.remaining, left)
+            length = min(wanted[state.order], left)
             left -= length
             if length:
                 chunks.append(Chunk(state, state.computed, length))
         spared = budget - sum(chunk.length for chunk in chunks)
-        return [Chunk(oldest, oldest.computed, min(oldest.remaining, spared)), *chunks] if spared else chunks
+        return [Chunk(oldest, oldest.computed, min(wanted[oldest.order], spared)), *chunks] if spared else chunks
 
     def commit(self, plan: StepPlan) -> None:
         """The step has run: its tokens have keys and values, and the blocks that it filled may be shared."""
         for chunk in plan.chunks:
             state = chunk.state
             state.computed = chunk.end
+            state.prompt_done = state.prompt_done or chunk.end >= len(state.request.prompt_token_ids)
             self._keys.extend(state.block_keys, state.request, state.tokens)
             size = self.blocks.block_size
             for index in range(chunk.start // size, chunk.end // size):
@@ -118,9 +122,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Take waiting requests while rows, slots and blocks for their whole text so far are there."""
-        while self._waiting and len(self.running) < self.max_batch_size:
-            tenant = min(self._waiting, key=lambda name: self._served[name])
-            state = self._waiting[tenant][0]
+        while len(self.running) < self.max_batch_size and (state := self._next()):
             self._reuse(state)
             if not self.blocks.can_grow(state.block_table, len(state.tokens)) or not self._take_slot(state):
                 self.blocks.release(state.block_table)
@@ -128,17 +130,23 @@ class Scheduler:
                 break
             self.blocks.grow(state.block_table, len(state.tokens))
             self._count_prefix(state)
-            self._dequeue(tenant, state)
+            self._dequeue(state)
             self.running.append(state)
+
+    def _next(self) -> RequestState | None:
+        """The request whose turn it is: the least served tenant's first that waits for no other row."""
+        ready = {tenant: next((s for s in queue if not s.blocked), None) for tenant, queue in self._waiting.items()}
+        turns = [(self._served[tenant], tenant) for tenant, state in ready.items() if state is not None]
+        return ready[min(turns, key=lambda turn: turn[0])[1]] if turns else None
 
     def _reuse(self, state: RequestState) -> None:
         """Take the cached blocks that the request's tokens begin with; its last token is computed in any case."""
         self._keys.extend(state.block_keys, state.request, state.tokens)
-        usable = (len(state.tokens) - 1) // self.blocks.block_size
+        usable = 0 if state.needs_whole_prompt else (len(state.tokens) - 1) // self.blocks.block_size
         state.computed = self.blocks.share(state.block_table, state.block_keys[:usable]) * self.blocks.block_size
 
     def _count_prefix(self, state: RequestState) -> None:
-        if not state.preemptions:
+        if not state.preemptions and not state.needs_whole_prompt:
             state.cached = state.computed
             self.prefix_queries += len(state.tokens)
             self.prefix_hits += state.cached
@@ -163,19 +171,21 @@ class Scheduler:
         self._served[request.tenant] += prefilled + (GENERATED_TOKEN_COST if chunk.samples else 0)
 
     def preempt(self, state: RequestState) -> None:
-        """Take a running request's blocks and slot; it waits, first of its tenant's queue, to be recomputed."""
+        """Take a running request's blocks and slot; it waits, before what came after it, to be recomputed."""
         self._leave(state)
         state.computed = 0
+        state.hidden = None
         state.preemptions += 1
         self.preemptions += 1
-        self._tenant_queue(state.request.tenant).appendleft(state)
+        self.add(state)
 
     def remove(self, state: RequestState) -> None:
         """Forget a request, running or waiting, and free what it holds."""
         if state in self.running:
             self._leave(state)
         else:
-            self._dequeue(state.request.tenant, state)
+            self._dequeue(state)
+        state.prompt_done = True
 
     def _leave(self, state: RequestState) -> None:
         self.running.remove(state)
@@ -184,7 +194,23 @@ class Scheduler:
             self.slots.release(state.request.revision)
             state.slot = 0
 
-    def _dequeue(self, tenant: str, state: RequestState) -> None:
+    def _dequeue(self, state: RequestState) -> None:
+        tenant = state.request.tenant
         self._waiting[tenant].remove(state)
         if not self._waiting[tenant]:
             del self._waiting[tenant]
+
+
+def _turn(state: RequestState) -> tuple[int, int]:
+    """Orders the waiting of one tenant."""
+    return state.request.priority, state.order
+
+
+def _wanted(states: Sequence[RequestState]) -> dict[int, int]:
+    """By the orders of `states`, oldest first: how much of its prompt each could use in this step. Those that want log
+    probabilities share `SCORED_TOKENS`."""
+    wanted, left = {}, SCORED_TOKENS
+    for state in states:
+        wanted[state.order] = min(state.remaining, left) if state.scoring else state.remaining
+        left -= wanted[state.order] if state.scoring else 0
+    return wanted

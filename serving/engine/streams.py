@@ -7,7 +7,7 @@ import queue
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from serving.types import FinishReason, GenerationEvent
+from serving.types import FinishReason, GenerationEvent, TokenLogprob
 
 Sink = Callable[[GenerationEvent], None]
 
@@ -20,6 +20,9 @@ class Generation:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    embedding: tuple[float, ...] = ()
 
 
 class AsyncStream:
@@ -45,11 +48,16 @@ def hand_over(batch: list[tuple[AsyncStream, GenerationEvent]]) -> None:
 
 def collect(events: queue.SimpleQueue[GenerationEvent]) -> Generation:
     """Wait for all events of a request."""
-    text = ""
-    tokens: list[int] = []
-    while True:
-        event = events.get()
-        text += event.text
-        tokens += event.token_ids
-        if event.finish_reason is not None:
-            return Generation(text, tuple(tokens), event.finish_reason, event.error)
+    taken: list[GenerationEvent] = []
+    while not taken or taken[-1].finish_reason is None:
+        taken.append(events.get())
+    first, last = taken[0], taken[-1]
+    return Generation(
+        "".join(event.text for event in taken),
+        tuple(token for event in taken for token in event.token_ids),
+        last.finish_reason or "error",
+        last.error,
+        tuple(score for event in taken for score in event.logprobs),
+        first.prompt_logprobs,
+        last.embedding,
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from serving.types import Role
 
 PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/version"})
-OPERATOR_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/openapi.json"})
+OPERATOR_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/openapi.json", "/docs"})
+OPERATOR_FOLDERS = ("/docs/",)
 
 
 def required_role(path: str) -> Role | None:
@@ -13,4 +14,4 @@ def required_role(path: str) -> Role | None:
     listed here is never public."""
     if path in PUBLIC_PATHS:
         return None
-    return "operator" if path in OPERATOR_PATHS else "tenant"
+    return "operator" if path in OPERATOR_PATHS or path.startswith(OPERATOR_FOLDERS) else "tenant"

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("vblora", "serving")
 METHOD = {"vblora", "torch", "safetensors"}
 CONTRACTS = {"serving.types", "serving.errors"}
-HTTP = {"fastapi", "starlette", "pydantic", "anyio", "prometheus_client"}
+HTTP = {"fastapi", "starlette", "pydantic", "pydantic_core", "anyio", "prometheus_client"}
+GRAMMARS = {"llguidance", "cachetools"}
 ANYTHING = {""}
 
 RULES: dict[str, set[str]] = {
@@ -32,8 +33,11 @@ RULES: dict[str, set[str]] = {
     "serving/api": CONTRACTS | HTTP | {"serving.api", "serving.tenancy"},
     "serving/engine": CONTRACTS
     | METHOD
+    | GRAMMARS
     | {"serving.engine", "serving.adapters", "transformers", "tokenizers", "jinja2"},
+    "serving/engine/grammar_worker.py": {"llguidance"},  # a process of its own, which starts fast and holds little
     "serving/adapters": CONTRACTS | METHOD | {"serving.adapters"},
+    "serving/store": {"serving.store", "sqlalchemy", "alembic"},
     "serving/tenancy": CONTRACTS | {"serving.tenancy"},
     "serving/app.py": ANYTHING,
     "serving/cli.py": ANYTHING,

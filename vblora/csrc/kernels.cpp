@@ -1,5 +1,5 @@
 // CPU kernels of the server's step: composing adapters, their deltas, attention of one new token over a paged cache,
-// RMS norms, rotary positions, the highest logits.
+// RMS norms, rotary positions, the highest logits, and forbidding some.
 //
 // Each does in one call what torch does in five to fifteen, of which every one costs microseconds. They know tensors,
 // not adapters or requests. The slow references are in vblora/batched.py, serving/engine/attention.py and transformers.
@@ -421,6 +421,37 @@ INLINE void argmax_rows(const Argmax<T>& job, int64_t begin, int64_t end) {
 
 FOR_BOTH(argmax_rows, Argmax)
 
+// ---- Minus infinity for the numbers whose bits are not set, words of 32 at a time; also for those without a bit.
+
+template <typename T>
+struct Forbidding {
+  T* x;  // (size,)
+  const int32_t* bits;
+  int64_t words, size;
+};
+
+template <typename T>
+INLINE void forbid_words(const Forbidding<T>& job, int64_t begin, int64_t end) {
+  constexpr int64_t WORD = 32;
+  T lowest;
+  narrow(-INFINITY, lowest);
+  for (int64_t word = begin; word < end; ++word) {
+    const uint32_t bits = word < job.words ? static_cast<uint32_t>(job.bits[word]) : 0;
+    T* x = job.x + word * WORD;
+    const int64_t size = std::min(WORD, job.size - word * WORD);
+    if (bits == 0) {
+      for (int64_t i = 0; i < size; ++i) x[i] = lowest;
+    } else if (size == WORD) {
+#pragma omp simd
+      for (int64_t i = 0; i < WORD; ++i) x[i] = (bits >> i) & 1 ? x[i] : lowest;
+    } else {
+      for (int64_t i = 0; i < size; ++i) x[i] = (bits >> i) & 1 ? x[i] : lowest;
+    }
+  }
+}
+
+FOR_BOTH(forbid_words, Forbidding)
+
 // ---- From tensors to the above.
 
 // Runs all items, shared among torch's threads where the work is worth it.
@@ -741,6 +772,17 @@ at::Tensor argmax(const at::Tensor& x) {
   return output;
 }
 
+void forbid_(const at::Tensor& x, const at::Tensor& bits) {
+  check_type(x, "x");
+  check_indices(bits, "bits");
+  TORCH_CHECK(x.dim() == 1 && bits.dim() == 1, "x and bits must have one dimension");
+  const int64_t words = bits.size(0), size = x.size(0), items = (size + 31) / 32;
+  if (is_bfloat16(x))
+    parallel(Forbidding<Bits16>{target<Bits16>(x), pointer<int32_t>(bits), words, size}, items, 8);
+  else
+    parallel(Forbidding<float>{target<float>(x), pointer<int32_t>(bits), words, size}, items, 8);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(vblora, library) {
@@ -760,6 +802,7 @@ TORCH_LIBRARY(vblora, library) {
   library.def("scale_rows_(Tensor(a!) y, Tensor scales) -> ()");
   library.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   library.def("argmax(Tensor x) -> Tensor");
+  library.def("forbid_(Tensor(a!) x, Tensor bits) -> ()");
   library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
 }
 
@@ -773,6 +816,7 @@ TORCH_LIBRARY_IMPL(vblora, CPU, library) {
   library.impl("scale_rows_", &scale_rows_);
   library.impl("rotate", &rotate);
   library.impl("argmax", &argmax);
+  library.impl("forbid_", &forbid_);
   library.impl("rms_norm", &rms_norm);
 }
 

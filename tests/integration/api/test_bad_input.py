@@ -16,6 +16,7 @@ from tests.support import CONTEXT, save_random_adapter, tiny_model
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def assert_refused(reply: Any, status: int, code: str, param: str | None, words: str) -> None:
@@ -37,10 +38,11 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
     ({"top_k": -2}, "top_k", "greater than or equal to -1"),
     ({"min_p": -1}, "min_p", "greater than or equal to 0"),
-    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-    ({"max_tokens": -1}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 0}, "max_tokens", "may only be 0 with echo or prompt_logprobs"),
+    ({"max_tokens": 0, "echo": True, "n": 2}, "n", "must be 1"),
+    ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
     ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens", "greater than or equal to 0"),
     ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
     ({"min_tokens": 13}, "min_tokens", "above max_tokens = 12"),
     ({"seed": 2**63}, "seed", "less than or equal to"),
@@ -58,6 +60,20 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "at most 1024 entries"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),
     ({"stream": "yes"}, "stream", "valid boolean"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 17}, "n", "at most 16"),
+    ({"logprobs": True}, "logprobs", "valid integer"),
+    ({"logprobs": 21}, "logprobs", "at most 20"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "at most 20"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs", "greater than or equal to 0"),
+    ({"echo": "yes"}, "echo", "valid boolean"),
+    ({"priority": 2**63}, "priority", "less than or equal to"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "greater than or equal to 1"),
+    ({"bad_words": [""]}, "bad_words.0", "at least 1 character"),
+    ({"bad_words": ["x"] * 129}, "bad_words", "at most 128 entries"),
+    ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1 item"),
+    ({"allowed_token_ids": [300]}, "allowed_token_ids", "not in [0, 300)"),
+    ({"allowed_token_ids": [1] * 8193}, "allowed_token_ids", "at most 8192 entries"),
     ({"request_id": "a b"}, "request_id", "pattern"),
     ({"request_id": "a\n"}, "request_id", "pattern"),
     ({"request_id": "x" * 129}, "request_id", "pattern"),
@@ -138,20 +154,12 @@ def test_a_surrogate_pair_is_a_character(server: Server) -> None:
 
 
 UNSUPPORTED: list[dict[str, Any]] = [
-    {"n": 2},
-    {"n": 0},
     {"best_of": 2},
-    {"echo": True},
     {"suffix": "end"},
-    {"logprobs": 0},
-    {"logprobs": True},
-    {"prompt_logprobs": 1},
-    {"priority": 1},
-    {"response_format": {"type": "json_object"}},
-    {"structured_outputs": {"regex": "a"}},
     {"guided_json": {}},
-    {"truncate_prompt_tokens": 5},
-    {"bad_words": ["x"]},
+    {"tools": [{}]},
+    {"tool_choice": "required"},
+    {"top_logprobs": 1},
     {"store": True},
     {"store": 0},
 ]
@@ -164,7 +172,7 @@ def test_known_fields_that_are_not_supported(server: Server, fields: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "fields", [{"tools": [{}]}, {"tool_choice": "required"}, {"top_logprobs": 1}, {"add_special_tokens": True}], ids=str
+    "fields", [{"echo": True}, {"functions": [{}]}, {"chat_template": "x"}, {"add_special_tokens": True}], ids=str
 )
 def test_chat_fields_that_are_not_supported(server: Server, fields: dict[str, Any]) -> None:
     (name,) = fields
@@ -179,11 +187,21 @@ def test_chat_fields_that_are_not_supported(server: Server, fields: dict[str, An
         ("hi", "messages", "valid list"),
         ([7], "messages.0", "valid dictionary"),
         ([{"role": "user"}], "messages.0.content", "required"),
-        ([{"role": "user", "content": None}], "messages.0.content", "valid string"),
-        ([*USER, {"role": "tool", "content": "x"}], "messages.1.role", "'system', 'developer', 'user' or 'assistant'"),
+        ([{"role": "user", "content": None}], "messages.0.content", "required"),
+        ([{"role": "user", "content": 7}], "messages.0.content", "valid string"),
+        ([*USER, {"role": "critic", "content": "x"}], "messages.1.role", "'assistant' or 'tool'"),
+        ([*USER, {"role": "tool", "content": "x"}], "messages.1.tool_call_id", "needs the tool_call_id"),
+        ([{"role": "user", "content": "x", "name": "f"}], "messages.0.tool_call_id", "only a message of role tool"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content", "must be a string or a list of"),
         ([{"role": "user", "content": [7]}], "messages.0.content", "must be a string or a list of"),
-        ([{"role": "user", "content": "x", "tool_calls": [{}]}], "messages.0", "tool_calls is not supported"),
+        ([{"role": "user", "content": "x", "tool_calls": [CALL]}], "messages.0.tool_calls", "only a message of role"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages.0.tool_calls.0.id", "required"),
+        (
+            [{"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "[1]"}}]}],
+            "messages.0.tool_calls.0.function.arguments",
+            "JSON object",
+        ),
+        ([{"role": "assistant", "content": "x", "audio": {"id": "1"}}], "messages.0.audio", "is not supported"),
     ],
 )
 def test_messages_that_are_refused(server: Server, messages: Any, param: str, words: str) -> None:

@@ -9,9 +9,9 @@ import pytest
 from serving.adapters.residency import Residency
 from serving.engine.core import EngineCore
 from serving.engine.model_runner import ModelRunner
-from serving.engine.observer import SilentObserver
 from serving.types import EngineSettings, GenerationRequest, SamplingParams
-from tests.support import random_adapter, tiny_model, tiny_tokenizer
+from tests.integration.engine.conftest import tiny_core
+from tests.support import random_adapter, tiny_model
 from vblora.checkpoint import content_hash
 
 SETTINGS = EngineSettings(model="tiny", max_batch_size=4, max_batched_tokens=24, kv_cache_bytes=1 << 20)
@@ -22,7 +22,7 @@ def new_core() -> EngineCore:
     runner = ModelRunner(tiny_model(), SETTINGS)
     residency = Residency()
     residency.put(REVISION, runner.layout.compact(random_adapter(tiny_model())))
-    return EngineCore(runner, tiny_tokenizer().backend_tokenizer, frozenset({1}), residency, SETTINGS, SilentObserver())
+    return tiny_core(runner, residency, SETTINGS)
 
 
 def add(core: EngineCore, name: str, length: int, revision: str | None = None) -> None:

@@ -20,11 +20,10 @@ from serving.adapters.residency import Residency
 from serving.engine import linears
 from serving.engine.attention import Span
 from serving.engine.compatibility import deviation
-from serving.engine.core import EngineCore
 from serving.engine.model_runner import ModelRunner
-from serving.engine.observer import SilentObserver
 from serving.types import EngineSettings, EngineStats, GenerationRequest, SamplingParams
-from tests.support import FAMILIES, random_adapter, tiny_model, tiny_tokenizer
+from tests.integration.engine.conftest import tiny_core
+from tests.support import FAMILIES, random_adapter, tiny_model
 from vblora import kernels
 from vblora.batched import Segment
 from vblora.checkpoint import AdapterCheckpoint, content_hash, write_adapter
@@ -132,7 +131,7 @@ def serve(
     residency = Residency()
     for adapter in adapters:
         residency.put(content_hash(adapter), runner.layout.compact(adapter))
-    core = EngineCore(runner, tiny_tokenizer().backend_tokenizer, frozenset({1}), residency, settings, SilentObserver())
+    core = tiny_core(runner, residency, settings)
     waiting = list(enumerate(work))
     tokens: list[list[int]] = [[] for _ in work]
     step = 0

@@ -205,6 +205,24 @@ def test_the_highest_of_each_row(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(kernels.argmax(x)[:4], wanted[:4])
 
 
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize(("size", "words"), [(1, 1), (32, 1), (70, 3), (1000, 32), (100, 2), (64, 0)])
+def test_forbidding_what_has_no_bit(dtype: torch.dtype, size: int, words: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    bits = torch.randint(2, (words, 32), generator=generator)
+    bits[1:2] = 0
+    x = torch.randn(size + 40, generator=generator).to(dtype)
+    kept = torch.cat([bits.flatten().bool(), torch.zeros(size, dtype=torch.bool)])[:size]
+    wanted = torch.cat([x[:size].masked_fill(~kept, -torch.inf), x[size:]])
+    kernels.forbid(x[:size], (bits << torch.arange(32)).sum(-1).to(torch.int32))
+    assert torch.equal(x, wanted)
+
+
+def test_bits_of_another_type_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="bits must be int32"):
+        kernels.forbid(torch.zeros(64), torch.zeros(2, dtype=torch.int64))
+
+
 def test_nothing_that_is_not_a_number_is_hidden() -> None:
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]], dtype=torch.bfloat16)
     assert kernels.rms_norm(x, torch.ones(2), 1e-6).isnan().any(dim=1).all()

@@ -139,3 +139,32 @@ def test_rows_that_are_not_finite_are_told_from_the_others(temperature: float) -
     logits[0] = float("nan")
     logits[1, 7] = 50.0
     assert sample(logits, [state([3], temperature=temperature), state([3], temperature=temperature)], EOS) == [None, 7]
+
+
+def test_bad_words_are_banned_where_they_would_be_completed() -> None:
+    row = torch.zeros(VOCABULARY)
+    row[7], row[8] = 5.0, 4.0
+    assert one(row, state([3], bad_words=((7,),))) == 8
+    assert one(row, state([3], generated=[6], bad_words=((6, 7),))) == 8
+    assert one(row, state([3], generated=[5], bad_words=((6, 7),))) == 7
+    assert one(row, state([3, 6], bad_words=((6, 7),))) == 7  # the prompt's tokens begin no word of the answer
+
+
+def test_only_allowed_tokens_are_chosen() -> None:
+    row = torch.arange(VOCABULARY).float()
+    assert one(row, state([3], allowed_token_ids=(5, 9, 2))) == 9
+    assert one(row, state([3], allowed_token_ids=(5, 9, 2), bad_words=((9,),))) == 5
+
+
+def test_a_ban_that_would_leave_nothing_is_not_obeyed() -> None:
+    row = torch.arange(VOCABULARY).float()
+    assert one(row, state([3], allowed_token_ids=(1,), min_tokens=4)) == 1
+    assert one(row, state([3], allowed_token_ids=(5,), bad_words=((5,),))) == 5
+    assert one(row * float("nan"), state([3], allowed_token_ids=(5,), bad_words=((5,),))) is None
+
+
+def test_the_smallest_nucleus_is_the_likeliest_token() -> None:
+    row = torch.zeros(VOCABULARY)
+    row[7] = 5.0
+    for number in range(5):
+        assert one(row, state([3], temperature=1.0, top_p=5e-324, seed=number)) == 7

@@ -8,7 +8,7 @@ from serving.adapters.slots import SlotPool
 from serving.engine.blocks import BlockManager
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.request import RequestState, StepPlan
-from serving.engine.scheduler import Scheduler
+from serving.engine.scheduler import SCORED_TOKENS, Scheduler
 from serving.types import GenerationRequest, SamplingParams
 from tests.support import tiny_tokenizer
 
@@ -20,13 +20,23 @@ def scheduler(blocks: int = 100, slots: int = 9, rows: int = 8, tokens: int = 16
     return Scheduler(BlockManager(blocks, BLOCK), SlotPool(slots), max_batch_size=rows, max_batched_tokens=tokens)
 
 
-def state(length: int, tenant: str = "default", revision: str | None = None, first: int = 0) -> RequestState:
+def state(
+    length: int,
+    tenant: str = "default",
+    revision: str | None = None,
+    first: int = 0,
+    *,
+    priority: int = 0,
+    leader: RequestState | None = None,
+    scored: bool = False,
+) -> RequestState:
     """A request of `length` tokens from `first` on: others that begin with it share its blocks."""
     order = next(ORDER)
     tokens = [*range(first, first + length)]
-    request = GenerationRequest(str(order), tenant, tuple(tokens), SamplingParams(max_tokens=50), revision)
+    sampling = SamplingParams(max_tokens=50, prompt_logprobs=0 if scored else None)
+    request = GenerationRequest(str(order), tenant, tuple(tokens), sampling, revision, priority=priority)
     detokenizer = Detokenizer(tiny_tokenizer().backend_tokenizer)
-    return RequestState(request, detokenizer, seed=0, arrived=0.0, order=order, tokens=tokens)
+    return RequestState(request, detokenizer, seed=0, arrived=0.0, order=order, tokens=tokens, leader=leader)
 
 
 def run(subject: Scheduler, plan: StepPlan) -> None:
@@ -295,3 +305,61 @@ def test_a_request_that_must_wait_holds_no_blocks() -> None:
     subject.remove(holder)
     subject.schedule()
     assert waiting.cached == 8
+
+
+def test_within_a_tenant_a_lower_priority_goes_first_and_nowhere_else() -> None:
+    subject = scheduler(rows=1)
+    later, first, other = state(4, priority=1), state(4, priority=-1), state(4, "other", priority=9)
+    for waiting in (later, first, other):
+        subject.add(waiting)
+    taken = []
+    while subject.has_work:
+        run_steps(subject, 1)
+        taken.append(subject.running[0])
+        subject.remove(subject.running[0])
+    assert taken == [first, other, later]
+
+
+def test_a_row_waits_for_the_prompt_of_the_one_it_follows() -> None:
+    subject = scheduler(tokens=16)
+    leader = state(40)
+    follower = state(40, leader=leader)
+    for waiting in (leader, follower, state(4, first=100)):
+        subject.add(waiting)
+    run_steps(subject, 2)
+    assert follower not in subject.running
+    while not leader.prompt_done:
+        run_steps(subject, 1)
+    run_steps(subject, 1)
+    assert follower in subject.running
+    assert follower.cached == 36  # all full blocks, less the token that is computed in any case
+
+
+def test_nobody_waits_for_a_row_that_is_gone() -> None:
+    subject = scheduler(tokens=16)
+    leader = state(40)
+    follower = state(40, leader=leader)
+    subject.add(leader)
+    subject.add(follower)
+    run_steps(subject, 1)
+    assert follower not in subject.running
+    subject.remove(leader)
+    run_steps(subject, 1)
+    assert follower in subject.running
+
+
+def test_prompts_that_are_scored_share_a_budget_and_use_no_cached_blocks() -> None:
+    subject = scheduler(blocks=400, tokens=512)
+    run_step_of(subject, plain := state(300))
+    subject.remove(plain)
+    scored, short, free = state(300, scored=True), state(60, scored=True, first=500), state(200, first=700)
+    for waiting in (scored, short, free):
+        subject.add(waiting)
+    by_state = {chunk.state.order: chunk.length for chunk in subject.schedule().chunks}
+    assert by_state == {scored.order: SCORED_TOKENS, free.order: 200}  # the oldest first, and nothing left for `short`
+    assert scored.cached == 0
+
+
+def run_step_of(subject: Scheduler, waiting: RequestState) -> None:
+    subject.add(waiting)
+    run_steps(subject, 1)

@@ -11,12 +11,25 @@ def test_everybody_may_ask_how_the_server_is(path: str) -> None:
     assert required_role(path) is None
 
 
-@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/openapi.json"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/metrics",
+        "/openapi.json",
+        "/docs",
+        "/docs/swagger-ui.css",
+        "/docs/../health",
+    ],
+)
 def test_operators_routes(path: str) -> None:
     assert required_role(path) == "operator"
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/nowhere", "/health/", "/version/x", "", "/health/../v1/models"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/nowhere", "/health/", "/version/x", "", "/health/../v1/models", "/docsx"]
+)
 def test_whatever_is_not_listed_needs_a_tenant(path: str) -> None:
     assert required_role(path) == "tenant"
 
