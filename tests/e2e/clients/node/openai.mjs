@@ -91,7 +91,8 @@ test("streams the tool call that it gets in one piece", async () => {
 
 test("assembles a named tool's call, and goes on with its result", async () => {
   const completion = await client.chat.completions.stream({ ...calling, tool_choice: named }).finalChatCompletion();
-  const { message } = completion.choices[0];
+  const { message, finish_reason } = completion.choices[0];
+  assert.equal(finish_reason, "stop"); // as OpenAI does where the function is named
   const [call] = message.tool_calls;
   assert.equal(call.function.name, asked.tool.name);
   assertArguments(JSON.parse(call.function.arguments));
