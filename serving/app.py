@@ -8,7 +8,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -16,9 +16,11 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from sqlalchemy import Engine as Database
+from sqlalchemy.exc import SQLAlchemyError
 
-from serving.adapters.catalog import FileCatalog
-from serving.adapters.state import CatalogStateError, JsonCatalogStore
+from serving.adapters.catalog import Catalog
+from serving.adapters.registry import Registry
 from serving.adapters.storage import LocalStorage
 from serving.api.application import build_application
 from serving.api.context import ApiContext, Caps
@@ -29,10 +31,12 @@ from serving.engine import Engine
 from serving.errors import ServingError, StartupError
 from serving.metrics import AdapterGauges, Metrics
 from serving.settings import ServerSettings
+from serving.store.database import DatabaseError, open_database, sqlite_url
 from serving.tenancy.authenticator import OpenAuthenticator
 
 DEMO_MODEL = "demo"
 CLOSE_SECONDS = 5.0
+SWEEP_SECONDS = 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -41,13 +45,14 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
 
     Raises `StartupError` when the base model, the stored state or an adapter of the settings cannot be used.
     """
-    metrics = Metrics(CollectorRegistry())
-    engine = engine or Engine.from_settings(settings.to_engine_settings(), observer=metrics)
-    try:
-        catalog = _open_catalog(settings, engine)
-    except BaseException:
-        engine.close(CLOSE_SECONDS)
-        raise
+    with ExitStack() as undo:
+        database = _open_database(settings)
+        undo.callback(database.dispose)
+        metrics = Metrics(CollectorRegistry())
+        engine = engine or Engine.from_settings(settings.to_engine_settings(), observer=metrics)
+        undo.callback(engine.close, CLOSE_SECONDS)
+        catalog = _open_catalog(settings, engine, database)
+        opened = undo.pop_all()
     metrics.watch(engine.stats, lambda: _adapter_gauges(catalog, engine))
     context = ApiContext(
         engine=engine,
@@ -66,8 +71,10 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(engine.close, CLOSE_SECONDS)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, opened.close)
+            stack.callback(asyncio.create_task(_sweep_hourly(catalog)).cancel)
+            yield
 
     return build_application(context, lifespan, settings.cors_origins)
 
@@ -138,13 +145,20 @@ def _address(settings: ServerSettings, listener: socket.socket) -> str:
     return f"{scheme}://{host}:{listener.getsockname()[1]}"
 
 
-def _open_catalog(settings: ServerSettings, engine: Engine) -> FileCatalog:
+def _open_database(settings: ServerSettings) -> Database:
+    try:
+        return open_database(settings.database_url or sqlite_url(settings.data_dir / "registry.db"))
+    except DatabaseError as error:
+        raise StartupError(str(error)) from error
+
+
+def _open_catalog(settings: ServerSettings, engine: Engine, database: Database) -> Catalog:
     """The registry of this base model, with the adapters of the settings in it. Each base has a folder of its own:
     adapters fit one base only."""
     folder = settings.data_dir / "adapters" / re.sub(r"[^A-Za-z0-9_-]+", "-", engine.card.base_id)
     try:
-        catalog = FileCatalog(
-            JsonCatalogStore(folder / "catalog.json"),
+        catalog = Catalog(
+            Registry(database, engine.card.base_id),
             LocalStorage(folder / "revisions"),
             engine.residency,
             engine.layout.compact,
@@ -152,22 +166,32 @@ def _open_catalog(settings: ServerSettings, engine: Engine) -> FileCatalog:
             reserved={engine.card.base_id},
             keep_revisions=settings.keep_revisions,
         )
-    except (OSError, CatalogStateError) as error:
-        raise StartupError(f"the registry under --data-dir cannot be used: {error}") from error
+    except (OSError, SQLAlchemyError) as error:
+        raise StartupError(f"the adapters under --data-dir cannot be used: {error}") from error
     shipped = demo_adapters() if settings.model == DEMO_MODEL else {}
     for name, path in {**shipped, **settings.adapters}.items():
         _register(catalog, name, path)
     return catalog
 
 
-def _register(catalog: FileCatalog, name: str, path: Path) -> None:
+def _register(catalog: Catalog, name: str, path: Path) -> None:
     try:
         catalog.register(name, path)
     except ServingError as error:
         raise StartupError(f"adapter {name} from {path}: {error.message}") from error
 
 
-def _adapter_gauges(catalog: FileCatalog, engine: Engine) -> AdapterGauges:
+async def _sweep_hourly(catalog: Catalog) -> None:
+    """From the second hour on: at its start the catalog has swept already."""
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        try:
+            await asyncio.to_thread(catalog.sweep)
+        except (OSError, SQLAlchemyError) as error:
+            _log.warning("what interrupted changes left cannot be swept now: %s", error)
+
+
+def _adapter_gauges(catalog: Catalog, engine: Engine) -> AdapterGauges:
     stats = engine.residency.stats()
     return AdapterGauges(len(catalog), stats.adapters, stats.bytes, stats.banks, stats.bank_bytes)
 

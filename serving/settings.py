@@ -86,6 +86,9 @@ class ServerSettings(BaseSettings):
         default_factory=lambda: user_data_path("vblora-serve", appauthor=False),
         description="Where uploaded adapters and their registry are kept.",
     )
+    database_url: str | None = Field(
+        None, description="Registry's database, sqlite:///… or postgresql://…; by default a file in data-dir."
+    )
     adapter: Texts = Field((), description="Shared adapter to register at start, as NAME=PATH. Repeatable.")
     adapter_root: Paths = Field((), description="Folder below which load_lora_adapter may read. Repeatable.")
     keep_revisions: Positive = Field(10, description="Revisions kept of an adapter, beside active and pinned ones.")

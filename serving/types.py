@@ -17,15 +17,17 @@ StepPhase = Literal["prefill", "decode", "mixed"]
 TOOL_CALL_BEGIN = '<tool_call>\n{"name": '
 TOOL_CALL_MIDDLE = ', "arguments": '
 TOOL_CALL_END = "}\n</tool_call>"
+MAX_PAGE = 1000  # entries of a list in one answer
 StructureKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "tools"]
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sends a request: a tenant's name and the roles its key carries."""
+    """Who sends a request: a tenant's name, the roles its key carries, and from where (empty for the command line)."""
 
     tenant: str
     roles: frozenset[Role]
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,9 @@ class Pin(Protocol):
 
 
 class AdapterCatalog(Protocol):
-    """Names → revisions, for each tenant. Calls may read files and validate: run them off the event loop.
+    """Names → revisions, for each tenant. Calls ask a database and may read files: run them off the event loop.
+
+    Where `caller` can be left out it is only for the audit log, which then names the command line or the tenant.
 
     Errors are `serving.errors`: `ModelNotFound` for what does not exist or is not the caller's (the same words for
     both), `PermissionDenied` for a tenant changing a shared adapter, `InvalidAdapter` and `IncompatibleAdapter`
@@ -236,21 +240,30 @@ class AdapterCatalog(Protocol):
     def pin_default(self, tenant: str) -> Pin | None:
         """The tenant's default adapter, None if it never set one; `ModelNotFound` once the one it set is deleted."""
 
-    def list(self, tenant: str) -> Sequence[AdapterInfo]: ...
+    def list(self, tenant: str, limit: int = MAX_PAGE, after: str | None = None) -> Sequence[AdapterInfo]:
+        """What the tenant may use, by name: at most `limit`, those `after` a name. `InvalidValue` with param `after`
+        for what cannot be a name."""
+
     def get(self, tenant: str, name: str) -> AdapterInfo: ...
     def add(
         self, caller: Caller, name: str, config: bytes, weights: bytes, *, shared: bool = False
     ) -> tuple[AdapterInfo, RevisionInfo, bool]:
         """Validate, store, make active. The flag says whether this content is new under this name."""
 
-    def add_from_path(self, name: str, path: str, *, replace: bool = False) -> tuple[AdapterInfo, RevisionInfo, bool]:
+    def add_from_path(
+        self, name: str, path: str, *, replace: bool = False, caller: Caller = ...
+    ) -> tuple[AdapterInfo, RevisionInfo, bool]:
         """Register a shared adapter from a folder that lies under one of the operator's adapter roots."""
 
     def activate(self, caller: Caller, name: str, revision: str) -> AdapterInfo: ...
     def delete(self, caller: Caller, name: str) -> None: ...
     def delete_revision(self, caller: Caller, name: str, revision: str) -> None: ...
-    def delete_shared(self, name: str) -> None: ...
-    def set_default(self, tenant: str, name: str | None, revision: str | None = None) -> DefaultAdapter | None: ...
+    def delete_shared(self, name: str, *, caller: Caller = ...) -> None: ...
+    def set_default(
+        self, tenant: str, name: str | None, revision: str | None = None, *, caller: Caller | None = None
+    ) -> DefaultAdapter | None: ...
+    def forget(self, caller: Caller, tenant: str) -> None:
+        """Remove all adapters of `tenant` and its default; requests that run on them finish."""
 
 
 class TextCodec(Protocol):

@@ -9,11 +9,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from sqlalchemy import Engine as Database
+from sqlalchemy import select
 
-from serving.adapters.catalog import FileCatalog
+from serving.adapters.catalog import Catalog
+from serving.adapters.registry import Registry
 from serving.adapters.residency import Residency
-from serving.adapters.state import JsonCatalogStore
 from serving.adapters.storage import LocalStorage
+from serving.store.database import open_database, sqlite_url
+from serving.store.tables import metadata
 from serving.types import Caller
 from vblora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterCheckpoint, TopKModule, write_adapter
 from vblora.compact import SlotLayout
@@ -25,6 +29,7 @@ ANN = Caller("ann", frozenset({"tenant"}))
 BOB = Caller("bob", frozenset({"tenant"}))
 OPERATOR = Caller("boss", frozenset({"tenant", "operator"}))
 
+BASE = "tiny"
 Files = tuple[bytes, bytes]
 
 
@@ -78,26 +83,43 @@ class Site:
     data: Path
     roots: tuple[Path, ...] = ()
     keep_revisions: int = 10
+    url: str = ""  # of the database; by default a file in `data`
+    database: Database = field(init=False)
     residency: Residency = field(init=False)
     storage: LocalStorage = field(init=False)
-    catalog: FileCatalog = field(init=False)
+    catalog: Catalog = field(init=False)
 
     def __post_init__(self) -> None:
         self.restart()
 
-    def restart(self) -> FileCatalog:
+    def restart(self) -> Catalog:
+        self.close()
+        self.database = open_database(self.url or sqlite_url(self.data / "registry.db"))
         self.residency = Residency()
         self.storage = LocalStorage(self.data / "adapters")
-        self.catalog = FileCatalog(
-            JsonCatalogStore(self.data / "catalog.json"),
+        self.catalog = Catalog(
+            Registry(self.database, BASE),
             self.storage,
             self.residency,
             LAYOUT.compact,
             adapter_roots=self.roots,
-            reserved={"tiny"},
+            reserved={BASE},
             keep_revisions=self.keep_revisions,
         )
         return self.catalog
+
+    def close(self) -> None:
+        """Let go of the database, as the end of a process does."""
+        if hasattr(self, "database"):
+            self.database.dispose()
+
+    def tables(self) -> dict[str, list[tuple[object, ...]]]:
+        """All rows of the database."""
+        with self.database.execution_options(readonly=True).begin() as connection:
+            return {
+                table.name: [tuple(row) for row in connection.execute(select(table).order_by(*table.primary_key))]
+                for table in metadata.sorted_tables
+            }
 
     def stored(self) -> set[str]:
         """The revisions whose bytes lie on the disk."""

@@ -1,12 +1,14 @@
-"""What every test gets: no hub, and the marker of the folder it stands in."""
+"""What every test gets: no hub, the marker of the folder it stands in, and PostgreSQL where that is installed."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import postgres
 from vblora import kernels
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports `transformers`; child processes inherit it
@@ -15,11 +17,48 @@ TESTS = Path(__file__).parent
 FOLDERS = ("unit", "integration", "e2e")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+POSTGRES = postgres.find_programs()
+without_postgres = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
+    if POSTGRES is None:
+        unable = [item for item in items if item.get_closest_marker("postgres")]
+        items[:] = [item for item in items if item not in unable]
+        config.hook.pytest_deselected(items=unable)
+        config.stash[without_postgres] = len(unable)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    missed = config.stash.get(without_postgres, 0)
+    if missed:
+        terminalreporter.write_sep("=", "PostgreSQL is not installed", yellow=True)
+        terminalreporter.write_line(f"{missed} tests marked `postgres` did not run: apt-get install postgresql-15")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Postgres]:
+    """A PostgreSQL of this session's own; only for tests marked `postgres`."""
+    assert POSTGRES is not None, "mark the test `postgres`"
+    with postgres.running(POSTGRES) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of an empty registry, in SQLite and in PostgreSQL."""
+    from serving.store.database import sqlite_url  # late: it brings transformers along
+
+    if request.param == "sqlite":
+        yield sqlite_url(tmp_path / "data" / "registry.db")
+        return
+    server: postgres.Postgres = request.getfixturevalue("postgres_server")
+    with server.database() as url:
+        yield url
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "torch only"])

@@ -1,4 +1,8 @@
-"""Crashes for tests of durability: a failure at the nth write, and the disk as a kill at each write would leave it."""
+"""Crashes for tests of durability: a failure at the nth write, and the disk as a kill at each write would leave it.
+
+Writes are those of the operating system's calls that change names or make files durable, and those of databases: each
+statement that changes rows, and each commit.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.engine.default import DefaultDialect
 
 FALLIBLE = ("replace", "fsync", "mkdir")
 WRITES = (*FALLIBLE, "unlink", "rmdir")
+_CHANGING = ("INSERT", "UPDATE", "DELETE")
 
 
 def fails_at(countdown: int, change: Callable[[], object]) -> bool:
-    """Run `change` while call number `countdown` (from 0) of `FALLIBLE`, and every later one, raises `OSError`.
+    """Run `change` while call number `countdown` (from 0) of `FALLIBLE` or of a database, and every later one, raises
+    `OSError`.
 
-    False if the change made fewer calls. An `OSError` that leaves the change is swallowed.
+    False if the change made fewer calls. A commit counts twice: it can fail before it took place and afterwards. An
+    `OSError` that leaves the change is swallowed.
     """
     calls = 0
 
-    def failing(write: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > countdown:
-                raise OSError("failpoint")
-            return write(*arguments, **keywords)
-
-        return call
+    def step() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > countdown:
+            raise OSError("failpoint")
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in FALLIBLE:
-            monkeypatch.setattr(os, name, failing(getattr(os, name)))
+            monkeypatch.setattr(os, name, _around(getattr(os, name), step))
+        _watch_databases(monkeypatch, step, step)
         with contextlib.suppress(OSError):
             change()
     return calls > countdown
@@ -52,17 +57,34 @@ def snapshots(folder: Path, into: Path, change: Callable[[], object]) -> list[Pa
             taken.append(Path(shutil.copytree(folder, into / str(len(taken)))))
             copying = False
 
-    def recorded(write: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            take()
-            result = write(*arguments, **keywords)
-            take()
-            return result
-
-        return call
-
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in WRITES:
-            monkeypatch.setattr(os, name, recorded(getattr(os, name)))
+            monkeypatch.setattr(os, name, _around(getattr(os, name), take, take))
+        _watch_databases(monkeypatch, take, take)
         change()
     return taken
+
+
+def _around(
+    write: Callable[..., Any], before: Callable[[], None], after: Callable[[], None] = lambda: None
+) -> Callable[..., Any]:
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        before()
+        result = write(*arguments, **keywords)
+        after()
+        return result
+
+    return call
+
+
+def _watch_databases(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Call `before` ahead of every statement that changes rows, and `before` and `after` around every commit."""
+    execute = DefaultDialect.do_execute
+
+    def do_execute(dialect: DefaultDialect, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith(_CHANGING):
+            before()
+        execute(dialect, cursor, statement, *rest)
+
+    monkeypatch.setattr(DefaultDialect, "do_execute", do_execute)
+    monkeypatch.setattr(DefaultDialect, "do_commit", _around(DefaultDialect.do_commit, before, after))

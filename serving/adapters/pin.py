@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from threading import Lock
 
+from serving.adapters.records import Revision
 from serving.adapters.residency import Residency
-from serving.adapters.state import Revision
 
 
 class RevisionPin:

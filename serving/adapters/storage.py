@@ -5,7 +5,9 @@ It does not know names or tenants, and does not look into the files.
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -16,6 +18,14 @@ from vblora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 _CONTENT_HASH = re.compile(r"[0-9a-f]{64}")
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A stored content: its bytes, and when it was last put (seconds since the epoch)."""
+
+    bytes: int
+    modified: float
+
+
 class RevisionStorage(Protocol):
     """Where the bytes of revisions lie. Thread-safe; every call may take as long as a disk or a network does.
 
@@ -23,7 +33,7 @@ class RevisionStorage(Protocol):
     """
 
     def put(self, content_hash: str, config: bytes, weights: bytes) -> None:
-        """Store a content, whole or not at all; one that is already there stays as it is."""
+        """Store a content, whole or not at all; one that is already there stays as it is, but counts as new."""
 
     def get(self, content_hash: str) -> tuple[bytes, bytes]:
         """The bytes of config and weights; `KeyError` if this content is not stored."""
@@ -31,8 +41,11 @@ class RevisionStorage(Protocol):
     def delete(self, content_hash: str) -> None:
         """Remove a content, whole or not at all; one that is not stored is ignored."""
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every stored content by hash."""
+    def modified(self, content_hash: str) -> float | None:
+        """When a content was last put, None if it is not stored."""
+
+    def sizes(self) -> dict[str, Stored]:
+        """Every stored content by hash."""
 
 
 class LocalStorage:
@@ -49,6 +62,7 @@ class LocalStorage:
         folder = self._folder(content_hash)
         with self._writing:
             if folder.is_dir():
+                os.utime(folder)
                 sync_folder(self._root)  # the write that made it may have failed at just this
             else:
                 write_folder(folder, {CONFIG_FILE: config, WEIGHTS_FILE: weights})
@@ -66,11 +80,25 @@ class LocalStorage:
             if folder.is_dir():
                 remove_folder(folder)
 
-    def sizes(self) -> dict[str, int]:
+    def modified(self, content_hash: str) -> float | None:
+        stored = _stored(self._folder(content_hash))
+        return None if stored is None else stored.modified
+
+    def sizes(self) -> dict[str, Stored]:
         folders = (folder for folder in self._root.iterdir() if _CONTENT_HASH.fullmatch(folder.name))
-        return {folder.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in folders}
+        found = ((folder.name, _stored(folder)) for folder in folders)
+        return {content_hash: stored for content_hash, stored in found if stored is not None}
 
     def _folder(self, content_hash: str) -> Path:
         if not _CONTENT_HASH.fullmatch(content_hash):
             raise ValueError("a content hash is 64 lower-case hex digits")
         return self._root / content_hash
+
+
+def _stored(folder: Path) -> Stored | None:
+    """None if there is no such folder, or not any more."""
+    try:
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        return Stored(size, folder.stat().st_mtime)
+    except FileNotFoundError:
+        return None

@@ -23,6 +23,8 @@ from sqlalchemy import (
 
 SHARED = ""
 NAME, HASH = String(64), String(64)
+# Names in the order of their characters' codes, as SQLite has them, whatever the language of a PostgreSQL.
+SORTED_NAME = NAME.with_variant(String(64, collation="C"), "postgresql")
 # SQLite counts rows by itself only in a plain INTEGER.
 Serial = BigInteger().with_variant(Integer, "sqlite")
 
@@ -68,7 +70,7 @@ adapters = Table(
     Column("id", Serial, primary_key=True, autoincrement=True),
     Column("base", String(256), nullable=False),
     Column("owner", NAME, nullable=False),
-    Column("name", NAME, nullable=False),
+    Column("name", SORTED_NAME, nullable=False),
     Column("created", BigInteger, nullable=False),
     Column("active", HASH, nullable=False),
     Column("declared", HASH),

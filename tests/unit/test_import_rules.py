@@ -16,6 +16,7 @@ PACKAGES = ("vblora", "serving")
 METHOD = {"vblora", "torch", "safetensors"}
 CONTRACTS = {"serving.types", "serving.errors"}
 HTTP = {"fastapi", "starlette", "pydantic", "pydantic_core", "anyio", "prometheus_client"}
+STORE = {"serving.store", "sqlalchemy"}
 GRAMMARS = {"llguidance", "cachetools"}
 ANYTHING = {""}
 
@@ -36,9 +37,9 @@ RULES: dict[str, set[str]] = {
     | GRAMMARS
     | {"serving.engine", "serving.adapters", "transformers", "tokenizers", "jinja2"},
     "serving/engine/grammar_worker.py": {"llguidance"},  # a process of its own, which starts fast and holds little
-    "serving/adapters": CONTRACTS | METHOD | {"serving.adapters"},
-    "serving/store": {"serving.store", "sqlalchemy", "alembic"},
+    "serving/adapters": CONTRACTS | METHOD | STORE | {"serving.adapters"},
     "serving/tenancy": CONTRACTS | {"serving.tenancy"},
+    "serving/store": {"serving.store", "sqlalchemy", "alembic"},
     "serving/app.py": ANYTHING,
     "serving/cli.py": ANYTHING,
     "serving/demo": ANYTHING,

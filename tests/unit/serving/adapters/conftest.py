@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from tests.adapters import Site
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    """An empty catalog whose only adapter root is `<tmp_path>/root`."""
+def site(tmp_path: Path, database_url: str) -> Iterator[Site]:
+    """An empty catalog whose only adapter root is `<tmp_path>/root`, on SQLite and on PostgreSQL."""
     root = tmp_path / "root"
     root.mkdir()
-    return Site(tmp_path / "data", roots=(root,))
+    site = Site(tmp_path / "data", roots=(root,), url=database_url)
+    yield site
+    site.close()

@@ -1,10 +1,15 @@
+"""What names mean, who may change that, and what a change leaves in the registry, the storage and memory."""
+
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
 import pytest
+from sqlalchemy import delete
 
 from serving.adapters.content import check_content
 from serving.errors import (
@@ -15,6 +20,7 @@ from serving.errors import (
     ModelNotFound,
     PermissionDenied,
 )
+from serving.store.tables import adapters
 from serving.types import AdapterCatalog, Caller
 from tests.adapters import ANN, BOB, LAYOUT, OPERATOR, Site, adapter_files, with_config, write_files
 
@@ -422,10 +428,10 @@ def test_registering_the_same_again_changes_nothing(site: Site, tmp_path: Path) 
     folder = write_files(tmp_path / "elsewhere", adapter_files(1))
     site.catalog.register("x", folder)
     uploaded = add(site, OPERATOR, "x", 2, shared=True)
-    before = (site.data / "catalog.json").read_bytes()
+    before = site.tables()
     site.restart()
     assert site.catalog.register("x", folder).active_revision == uploaded
-    assert (site.data / "catalog.json").read_bytes() == before
+    assert site.tables() == before
 
 
 def test_registering_another_folder_makes_that_active(site: Site, tmp_path: Path) -> None:
@@ -462,19 +468,36 @@ def test_a_restart_serves_the_same_and_reads_when_asked(site: Site) -> None:
     assert site.catalog.list("ann") == before
 
 
-def test_a_restart_removes_bytes_that_no_adapter_names(site: Site) -> None:
-    revision = add(site, ANN, "x", 1)
-    site.storage.put("f" * 64, *adapter_files(2))
-    site.restart()
-    assert site.stored() == {revision}
+def age(site: Site, content_hash: str, seconds: float) -> None:
+    """Let a stored content look as if it had been put so long ago."""
+    then = time.time() - seconds
+    os.utime(site.data / "adapters" / content_hash, (then, then))
 
 
-def test_a_lost_state_does_not_take_the_bytes_along(site: Site) -> None:
+def test_a_restart_and_a_sweep_remove_what_no_adapter_has_named_for_an_hour(site: Site) -> None:
     revision = add(site, ANN, "x", 1)
-    (site.data / "catalog.json").rename(site.data / "lost.json")
+    (named,) = site.storage.sizes()
+    young, old = "e" * 64, "f" * 64
+    for sweep in (site.restart, lambda: site.catalog.sweep()):
+        for content_hash, seconds in ((named, 4000), (young, 3500), (old, 3700)):
+            site.storage.put(content_hash, *adapter_files(2))
+            age(site, content_hash, seconds)
+        sweep()
+        assert site.stored() == {revision, young[:16]}
+
+
+def test_a_lost_state_does_not_take_the_bytes_along(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    revision = add(site, ANN, "x", 1)
+    (content_hash,) = site.storage.sizes()
+    age(site, content_hash, 4000)
+    with site.database.begin() as connection:
+        connection.execute(delete(adapters))
     site.restart()
+    assert "the registry knows no adapter" in caplog.text
     assert site.catalog.list("ann") == []
-    assert site.stored() == {revision}
+    other = add(site, ANN, "y", 2)
+    site.catalog.sweep()
+    assert site.stored() == {revision, other}
 
 
 @pytest.mark.parametrize(("damage", "word"), [("missing", "missing"), ("rotten", "damaged")])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serving.adapters.catalog import FileCatalog
+from serving.adapters.catalog import Catalog
 from serving.errors import ModelNotFound
 from tests.adapters import ANN, OPERATOR, Site, adapter_files
 from tests.failpoints import fails_at, snapshots
@@ -18,7 +18,7 @@ from tests.failpoints import fails_at, snapshots
 TENANTS = ("ann", "bob")
 
 
-def view(catalog: FileCatalog) -> dict[str, Any]:
+def view(catalog: Catalog) -> dict[str, Any]:
     """What the tenants can see, without times and memory; pins everything, so the bytes must be there."""
     seen: dict[str, Any] = {}
     for tenant in TENANTS:
@@ -35,31 +35,31 @@ def view(catalog: FileCatalog) -> dict[str, Any]:
     return seen
 
 
-def add_new(catalog: FileCatalog) -> None:
+def add_new(catalog: Catalog) -> None:
     catalog.add(ANN, "new", *adapter_files(7))
 
 
-def add_and_prune(catalog: FileCatalog) -> None:
+def add_and_prune(catalog: Catalog) -> None:
     catalog.add(ANN, "x", *adapter_files(7))
 
 
-def activate(catalog: FileCatalog) -> None:
+def activate(catalog: Catalog) -> None:
     catalog.activate(ANN, "x", catalog.get("ann", "x").revisions[0].revision)
 
 
-def delete(catalog: FileCatalog) -> None:
+def delete(catalog: Catalog) -> None:
     catalog.delete(ANN, "x")
 
 
-def delete_revision(catalog: FileCatalog) -> None:
+def delete_revision(catalog: Catalog) -> None:
     catalog.delete_revision(ANN, "x", catalog.get("ann", "x").revisions[0].revision)
 
 
-def delete_shared(catalog: FileCatalog) -> None:
+def delete_shared(catalog: Catalog) -> None:
     catalog.delete_shared("s")
 
 
-def set_default(catalog: FileCatalog) -> None:
+def set_default(catalog: Catalog) -> None:
     catalog.set_default("ann", "s")
 
 
@@ -96,7 +96,7 @@ def after_restart(data: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_kill_at_any_moment_leaves_old_or_new(
-    prepared: Path, tmp_path: Path, change: Callable[[FileCatalog], None]
+    prepared: Path, tmp_path: Path, change: Callable[[Catalog], None]
 ) -> None:
     old = view(opened(prepared).catalog)
     catalog = opened(prepared).catalog
@@ -112,7 +112,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new(
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_failure_at_any_write_leaves_old_or_new(
-    prepared: Path, tmp_path: Path, change: Callable[[FileCatalog], None]
+    prepared: Path, tmp_path: Path, change: Callable[[Catalog], None]
 ) -> None:
     old = view(opened(prepared).catalog)
     running: list[dict[str, Any]] = []
