@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+import time
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,11 +15,12 @@ from sqlalchemy import Engine as Database
 from sqlalchemy import select
 
 from serving.adapters.catalog import Catalog
+from serving.adapters.records import shown_revision
 from serving.adapters.registry import Registry
 from serving.adapters.residency import Residency
 from serving.adapters.storage import LocalStorage
 from serving.store.database import open_database, sqlite_url
-from serving.store.tables import metadata
+from serving.store.tables import adapters, audit, metadata, revisions
 from serving.types import Caller
 from vblora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterCheckpoint, TopKModule, write_adapter
 from vblora.compact import SlotLayout
@@ -121,6 +124,52 @@ class Site:
                 for table in metadata.sorted_tables
             }
 
+    def age(self, content_hash: str, seconds: float) -> None:
+        """Let a stored content look as if it had been put so long ago."""
+        then = time.time() - seconds
+        os.utime(self.data / "adapters" / content_hash, (then, then))
+
+    def named(self) -> set[str]:
+        """The revisions that adapters have."""
+        return {shown_revision(row[2]) for row in self.tables()["revisions"]}  # type: ignore[arg-type]
+
     def stored(self) -> set[str]:
         """The revisions whose bytes lie on the disk."""
         return {content_hash[:16] for content_hash in self.storage.sizes()}
+
+
+Shown = tuple[str, frozenset[str]]
+"""The active revision of an adapter and all its revisions."""
+
+
+def registered(site: Site) -> dict[str, Shown]:
+    """What the tables say of every adapter, by ``owner/name``."""
+    with site.database.execution_options(readonly=True).begin() as connection:
+        rows = connection.execute(
+            select(adapters.c.owner, adapters.c.name, adapters.c.active, revisions.c.content_hash).join_from(
+                adapters, revisions, isouter=True
+            )
+        ).all()
+    found: dict[str, Shown] = {}
+    for row in rows:
+        key = f"{row.owner}/{row.name}"
+        _, known = found.get(key, ("", frozenset()))
+        found[key] = shown_revision(row.active), known | {shown_revision(row.content_hash)}
+    return found
+
+
+def replayed(site: Site) -> dict[str, Shown]:
+    """What the audit log says that they must be."""
+    with site.database.execution_options(readonly=True).begin() as connection:
+        lines = connection.execute(select(audit.c.action, audit.c.tenant, audit.c.subject).order_by(audit.c.id)).all()
+    found: dict[str, Shown] = {}
+    for action, owner, subject in lines:
+        name, _, revision = subject.partition("@")
+        active, known = found.get(f"{owner}/{name}", ("", frozenset()))
+        if action == "adapter.delete":
+            del found[f"{owner}/{name}"]
+        elif action == "adapter.delete_revision":
+            found[f"{owner}/{name}"] = active, known - {revision}
+        elif action in ("adapter.add", "adapter.activate"):
+            found[f"{owner}/{name}"] = revision, known | {revision}
+    return found

@@ -79,7 +79,7 @@ def _around(
 
 def _watch_databases(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None], after: Callable[[], None]) -> None:
     """Call `before` ahead of every statement that changes rows, and `before` and `after` around every commit."""
-    execute = DefaultDialect.do_execute
+    execute: Callable[..., None] = DefaultDialect.do_execute
 
     def do_execute(dialect: DefaultDialect, cursor: Any, statement: str, *rest: Any) -> None:
         if statement.startswith(_CHANGING):

@@ -58,10 +58,10 @@ class Postgres:
         open_database(self.url(_TEMPLATE)).dispose()
 
     @contextmanager
-    def database(self) -> Iterator[str]:
-        """A migrated database without rows; its address."""
+    def database(self, template: str = _TEMPLATE) -> Iterator[str]:
+        """A copy of another database, to which nobody may be connected, or a migrated one without rows; its address."""
         name = f"test{next(_numbers)}"
-        self._execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
+        self._execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         try:
             yield self.url(name)
         finally:
@@ -97,7 +97,16 @@ def running(programs: Path) -> Iterator[Postgres]:
         file.write_text(password)
         file.chmod(0o644)
         data, port = folder / "data", _free_port()
-        initdb = [programs / "initdb", "-D", data, "-U", "postgres", "-A", "scram-sha-256", f"--pwfile={file}"]
+        initdb: list[str | Path] = [
+            programs / "initdb",
+            "-D",
+            data,
+            "-U",
+            "postgres",
+            "-A",
+            "scram-sha-256",
+            f"--pwfile={file}",
+        ]
         subprocess.run(
             [*become, *initdb, "--no-sync", "-E", "UTF8", "--locale=C.UTF-8"],
             check=True,
@@ -107,7 +116,7 @@ def running(programs: Path) -> Iterator[Postgres]:
         options = [
             f"-c{option}" for option in ("listen_addresses=127.0.0.1", f"unix_socket_directories={folder}", *_FAST)
         ]
-        command = [*become, programs / "postgres", "-D", data, "-p", str(port), *options]
+        command: list[str | Path] = [*become, programs / "postgres", "-D", data, "-p", str(port), *options]
         with open(folder / "log", "wb") as log:
             process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         try:

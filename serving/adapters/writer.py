@@ -64,12 +64,21 @@ class Writer:
 
     @contextmanager
     def _change(self, caller: Caller, arriving: Content | None = None) -> Iterator[Change]:
-        with self._registry.change(caller) as change:
-            yield change
-            orphans = change.orphans()
-        with self.memory:
+        orphans: set[str] = set()
+        try:
+            with self._registry.change(caller) as change:
+                yield change
+                orphans = change.orphans()
             if arriving is not None:
-                self._residency.put(arriving.content_hash, arriving.compact)
+                with self.memory:
+                    self._residency.put(arriving.content_hash, arriving.compact)
+        finally:
+            self._drop(orphans)
+
+    def _drop(self, orphans: set[str]) -> None:
+        """Take contents out of memory, and out of the storage unless they are named after all: where the end of a
+        transaction raised, it may have been kept or not. In memory they are missed by nobody, only read again."""
+        with self.memory:
             for content_hash in orphans:
                 self._residency.retire(content_hash)
         self._orphans.add(orphans)

@@ -16,22 +16,25 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import UploadFile
 
 from serving.api.body import json_body
-from serving.api.context import ApiContext, CallerOf, Context
+from serving.api.context import After, ApiContext, CallerOf, Context, Limit
 from serving.api.openapi import UPLOAD_BODY, request_body
 from serving.api.replies import AdapterEntry, AdapterList, DefaultReply, UploadReply
 from serving.api.resolve import AdapterRef
 from serving.api.schemas import ActivateBody, LoadAdapterBody, SetAdapterBody, UnloadAdapterBody
 from serving.errors import InvalidValue
+from serving.types import MAX_PAGE
 
 router = APIRouter(tags=["adapters"])
 T = TypeVar("T")
 
 
 @router.get("/v1/adapters")
-async def list_adapters(context: Context, caller: CallerOf) -> AdapterList:
-    """The caller's adapters and the shared ones."""
-    adapters = await to_thread.run_sync(context.catalog.list, caller.tenant)
-    return AdapterList(data=[AdapterEntry.of(info) for info in adapters])
+async def list_adapters(
+    context: Context, caller: CallerOf, limit: Limit = MAX_PAGE, after: After = None
+) -> AdapterList:
+    """The caller's adapters and the shared ones, by name."""
+    found = await to_thread.run_sync(context.catalog.list, caller.tenant, limit + 1, after)
+    return AdapterList.of([AdapterEntry.of(info) for info in found], limit)
 
 
 @router.get("/v1/adapters/{name}")
@@ -92,9 +95,9 @@ async def set_adapter(
     def change() -> DefaultReply:
         ref = None if body.adapter is None else AdapterRef.parse(body.adapter)
         if ref is None:
-            context.catalog.set_default(caller.tenant, None)
+            context.catalog.set_default(caller.tenant, None, caller=caller)
             return DefaultReply(adapter=None, revision=None)
-        context.catalog.set_default(caller.tenant, ref.name, ref.revision)
+        context.catalog.set_default(caller.tenant, ref.name, ref.revision, caller=caller)
         active = context.catalog.get(caller.tenant, ref.name).active_revision
         return DefaultReply(adapter=ref.name, revision=ref.revision or active)
 
@@ -103,20 +106,21 @@ async def set_adapter(
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=request_body(LoadAdapterBody))
 async def load_lora_adapter(
-    body: Annotated[LoadAdapterBody, Depends(json_body(LoadAdapterBody))], context: Context
+    body: Annotated[LoadAdapterBody, Depends(json_body(LoadAdapterBody))], context: Context, caller: CallerOf
 ) -> str:
     """Register a shared adapter from a folder of the server."""
-    add = partial(context.catalog.add_from_path, body.lora_name, body.lora_path, replace=bool(body.load_inplace))
+    replace = bool(body.load_inplace)
+    add = partial(context.catalog.add_from_path, body.lora_name, body.lora_path, replace=replace, caller=caller)
     await _timed(context, "path", add)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, openapi_extra=request_body(UnloadAdapterBody))
 async def unload_lora_adapter(
-    body: Annotated[UnloadAdapterBody, Depends(json_body(UnloadAdapterBody))], context: Context
+    body: Annotated[UnloadAdapterBody, Depends(json_body(UnloadAdapterBody))], context: Context, caller: CallerOf
 ) -> str:
     """Remove a shared adapter."""
-    await to_thread.run_sync(context.catalog.delete_shared, body.lora_name)
+    await to_thread.run_sync(partial(context.catalog.delete_shared, body.lora_name, caller=caller))
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 

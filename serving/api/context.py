@@ -10,14 +10,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from prometheus_client import CollectorRegistry
 
 from serving.api.lifecycle import Lifecycle
 from serving.api.replies import Usage
 from serving.api.turns import Turns
 from serving.tenancy.authenticator import Authenticator
-from serving.types import AdapterCatalog, Caller, EngineClient, GenerationEvent, ModelCard, StructureChecker, TextCodec
+from serving.types import (
+    MAX_PAGE,
+    AdapterCatalog,
+    Caller,
+    EngineClient,
+    GenerationEvent,
+    ModelCard,
+    StructureChecker,
+    TextCodec,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,5 +120,7 @@ async def _until_answered() -> AsyncIterator[ExitStack]:
 Context = Annotated[ApiContext, Depends(_context)]
 Record = Annotated[RequestRecord, Depends(_record)]
 CallerOf = Annotated[Caller, Depends(_caller)]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+After = Annotated[str | None, Query()]
 UntilAnswered = Annotated[ExitStack, Depends(_until_answered)]
 """A stack that is unwound when the last byte of the answer is out, or the client is gone, or anything failed."""

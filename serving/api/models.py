@@ -8,7 +8,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends
 
 from serving.api.body import json_body
-from serving.api.context import ApiContext, CallerOf, Context
+from serving.api.context import After, ApiContext, CallerOf, Context, Limit
 from serving.api.logprobs import token_text
 from serving.api.openapi import request_body
 from serving.api.prepare import check_token_ids
@@ -16,17 +16,19 @@ from serving.api.replies import DetokenizeReply, ModelEntry, ModelList, Tokenize
 from serving.api.resolve import parse_model, pin_adapter
 from serving.api.schemas import DetokenizeBody, TokenizeBody
 from serving.errors import InvalidValue, ModelNotFound
-from serving.types import Caller
+from serving.types import MAX_PAGE, Caller
 
 router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models")
-async def list_models(context: Context, caller: CallerOf) -> ModelList:
-    """The base model and the adapters that the caller may use."""
-    adapters = await to_thread.run_sync(context.catalog.list, caller.tenant)
-    entries = [ModelEntry.of_adapter(context.card, info, info.name, info.active_revision) for info in adapters]
-    return ModelList(data=[ModelEntry.of_base(context.card), *entries])
+async def list_models(context: Context, caller: CallerOf, limit: Limit = MAX_PAGE, after: After = None) -> ModelList:
+    """The base model, and the adapters that the caller may use, by name."""
+    card = context.card
+    beyond_base = None if after == card.base_id else after
+    found = await to_thread.run_sync(context.catalog.list, caller.tenant, limit + 1, beyond_base)
+    entries = [ModelEntry.of_adapter(card, info, info.name, info.active_revision) for info in found]
+    return ModelList.of(entries if after is not None else [ModelEntry.of_base(card), *entries], limit)
 
 
 @router.get("/v1/models/{model:path}")

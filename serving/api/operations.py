@@ -163,6 +163,8 @@ NAME_SCHEMA = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}
 _REVISION_SCHEMA = {"type": "string", "pattern": "^[0-9a-f]{16}$"}
 PARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "name": {"description": "The adapter's name.", "schema": NAME_SCHEMA, "example": "saltspoke"},
+    "limit": {"description": "Most entries in the answer.", "example": 100},
+    "after": {"description": "The last entry of the page before, its `last_id`.", "example": "saltspoke"},
     "revision": {
         "description": "The first 16 hexadecimal digits of the content's hash.",
         "schema": _REVISION_SCHEMA,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -174,9 +174,28 @@ class ModelEntry(BaseModel):
         )
 
 
-class ModelList(BaseModel):
+class ListPage(BaseModel):
+    """A part of a list: the next one is that `after` its `last_id`."""
+
     object: Literal["list"] = "list"
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+def _ends(ids: list[str], limit: int) -> dict[str, Any]:
+    """The fields of a page that holds the first `limit` of the entries with these ids."""
+    page = ids[:limit]
+    return {"has_more": len(ids) > limit, "first_id": page[0] if page else None, "last_id": page[-1] if page else None}
+
+
+class ModelList(ListPage):
     data: list[ModelEntry]
+
+    @classmethod
+    def of(cls, found: list[ModelEntry], limit: int) -> ModelList:
+        """The first `limit` of what was `found`; one more tells that there are more."""
+        return cls(data=found[:limit], **_ends([entry.id for entry in found], limit))
 
 
 class RevisionEntry(BaseModel):
@@ -224,9 +243,13 @@ def _revision(entry: RevisionInfo, active: str) -> RevisionEntry:
     )
 
 
-class AdapterList(BaseModel):
-    object: Literal["list"] = "list"
+class AdapterList(ListPage):
     data: list[AdapterEntry]
+
+    @classmethod
+    def of(cls, found: list[AdapterEntry], limit: int) -> AdapterList:
+        """The first `limit` of what was `found`; one more tells that there are more."""
+        return cls(data=found[:limit], **_ends([entry.name for entry in found], limit))
 
 
 class UploadReply(BaseModel):

@@ -63,6 +63,37 @@ def test_listings(server: Server, uploaded: str) -> None:
     assert revision == {"revision": uploaded, "bytes": entry["bytes"], "active": True, "resident": True}
 
 
+@pytest.mark.parametrize(
+    ("path", "key", "whole"),
+    [("/v1/adapters", "name", ["a0", "a1", "mine"]), ("/v1/models", "id", [BASE, "a0", "a1", "mine"])],
+)
+def test_lists_come_in_pages(server: Server, uploaded: str, path: str, key: str, whole: list[str]) -> None:
+    for limit in range(1, len(whole) + 2):
+        seen: list[str] = []
+        after: dict[str, str] = {}
+        more = True
+        while more:
+            page = server.client.get(path, params={"limit": limit} | after).json()
+            ids = [entry[key] for entry in page["data"]]
+            assert (page["object"], page["first_id"], page["last_id"]) == ("list", ids[0], ids[-1])
+            assert len(ids) == limit or not page["has_more"]
+            seen += ids
+            more, after = page["has_more"], {"after": ids[-1]}
+        assert seen == whole
+    beyond = server.client.get(path, params={"after": "zz"}).json()
+    assert beyond == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None}
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/models"])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"limit": 0}, {"limit": 1001}, {"limit": -1}, {"limit": "x"}, {"limit": ""}, {"after": "a/b"}, {"after": "\0"}],
+)
+def test_a_page_that_cannot_be_is_refused(server: Server, path: str, wrong: dict[str, str]) -> None:
+    reply = server.client.get(path, params=wrong)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, next(iter(wrong)))
+
+
 def test_models(server: Server, uploaded: str) -> None:
     models = server.client.get("/v1/models").json()["data"]
     assert [model["id"] for model in models] == [BASE, "a0", "a1", "mine"]

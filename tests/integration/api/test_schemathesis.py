@@ -113,11 +113,13 @@ def narrowed(document: dict[str, Any], fields: set[str]) -> dict[str, Any]:
     return document
 
 
-def _values(name: str, path: str, method: str) -> list[str]:
+def _values(name: str, path: str, method: str) -> list[Any]:
     removes = method == "delete" or path.endswith("/activate")
-    return {"model": [*MODELS, "nobody", "a0@0123456789abcdef"], "revision": ["0123456789abcdef"]}.get(
-        name, REMOVABLE if removes else ["a0", "a1", "nobody"]
-    )
+    return {
+        "model": [*MODELS, "nobody", "a0@0123456789abcdef"],
+        "revision": ["0123456789abcdef"],
+        "limit": [1, 2, 1000],
+    }.get(name, REMOVABLE if removes else ["a0", "a1", "nobody"])
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -468,12 +466,6 @@ def test_a_restart_serves_the_same_and_reads_when_asked(site: Site) -> None:
     assert site.catalog.list("ann") == before
 
 
-def age(site: Site, content_hash: str, seconds: float) -> None:
-    """Let a stored content look as if it had been put so long ago."""
-    then = time.time() - seconds
-    os.utime(site.data / "adapters" / content_hash, (then, then))
-
-
 def test_a_restart_and_a_sweep_remove_what_no_adapter_has_named_for_an_hour(site: Site) -> None:
     revision = add(site, ANN, "x", 1)
     (named,) = site.storage.sizes()
@@ -481,7 +473,7 @@ def test_a_restart_and_a_sweep_remove_what_no_adapter_has_named_for_an_hour(site
     for sweep in (site.restart, lambda: site.catalog.sweep()):
         for content_hash, seconds in ((named, 4000), (young, 3500), (old, 3700)):
             site.storage.put(content_hash, *adapter_files(2))
-            age(site, content_hash, seconds)
+            site.age(content_hash, seconds)
         sweep()
         assert site.stored() == {revision, young[:16]}
 
@@ -489,7 +481,7 @@ def test_a_restart_and_a_sweep_remove_what_no_adapter_has_named_for_an_hour(site
 def test_a_lost_state_does_not_take_the_bytes_along(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     revision = add(site, ANN, "x", 1)
     (content_hash,) = site.storage.sizes()
-    age(site, content_hash, 4000)
+    site.age(content_hash, 4000)
     with site.database.begin() as connection:
         connection.execute(delete(adapters))
     site.restart()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,7 +22,7 @@ def test_what_is_put_is_got_back(tmp_path: Path) -> None:
     storage.put(KEY, b"config", b"weights")
     storage.put(OTHER, b"", b"w")
     assert storage.get(KEY) == (b"config", b"weights")
-    assert storage.sizes() == {KEY: 13, OTHER: 1}
+    assert {key: stored.bytes for key, stored in storage.sizes().items()} == {KEY: 13, OTHER: 1}
 
 
 def test_a_stored_content_stays_as_it_is(tmp_path: Path) -> None:
@@ -29,6 +30,17 @@ def test_a_stored_content_stays_as_it_is(tmp_path: Path) -> None:
     storage.put(KEY, b"config", b"weights")
     storage.put(KEY, b"other", b"bytes")
     assert storage.get(KEY) == (b"config", b"weights")
+
+
+def test_a_content_that_is_put_again_counts_as_new(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    assert storage.modified(KEY) is None
+    storage.put(KEY, b"config", b"weights")
+    assert time.time() - 60 < (storage.modified(KEY) or 0) <= time.time()
+    os.utime(tmp_path / KEY, (1000, 1000))
+    assert storage.modified(KEY) == storage.sizes()[KEY].modified == 1000
+    storage.put(KEY, b"config", b"weights")
+    assert time.time() - 60 < storage.sizes()[KEY].modified <= time.time()
 
 
 def test_what_is_deleted_is_gone(tmp_path: Path) -> None:
@@ -56,7 +68,7 @@ def test_a_start_removes_what_interrupted_writes_left_and_nothing_else(tmp_path:
     (tmp_path / ".partial-x" / "adapter_config.json").write_bytes(b"half")
     (tmp_path / ".partial-y").write_bytes(b"half")
     (tmp_path / "notes.txt").write_bytes(b"the operator's")
-    assert LocalStorage(tmp_path).sizes() == {KEY: 13}
+    assert list(LocalStorage(tmp_path).sizes()) == [KEY]
     assert {path.name for path in tmp_path.iterdir()} == {KEY, "notes.txt"}
 
 
