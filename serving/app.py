@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -22,17 +23,19 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.adapters.catalog import Catalog
 from serving.adapters.registry import Registry
 from serving.adapters.storage import LocalStorage
-from serving.api.application import build_application
+from serving.api.application import build_admin_application, build_application
 from serving.api.context import ApiContext, Caps
 from serving.api.lifecycle import Lifecycle
 from serving.api.middleware import LOOPBACK_HOSTS
 from serving.demo import demo_adapters
 from serving.engine import Engine
 from serving.errors import ServingError, StartupError
+from serving.listeners import bind, served
 from serving.metrics import AdapterGauges, Metrics
-from serving.settings import ServerSettings
+from serving.settings import ServerSettings, is_loopback
 from serving.store.database import DatabaseError, open_database, sqlite_url
-from serving.tenancy.authenticator import OpenAuthenticator
+from serving.tenancy.service import Tenancy, keyed_tenancy, open_tenancy
+from serving.tenancy.tenants import TenantRegistry
 
 DEMO_MODEL = "demo"
 CLOSE_SECONDS = 5.0
@@ -43,45 +46,63 @@ _log = logging.getLogger(__name__)
 def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAPI:
     """The application over `engine`, or over one that this loads; the application closes it when it ends.
 
-    Raises `StartupError` when the base model, the stored state or an adapter of the settings cannot be used.
+    Raises `StartupError` when the base model, the registry or an adapter of the settings cannot be used, and
+    `SettingsError` when the settings ask for keys and there are none.
     """
     with ExitStack() as undo:
         database = _open_database(settings)
         undo.callback(database.dispose)
+        tenancy = _open_tenancy(settings, database)
+        undo.callback(tenancy.close)
+        admin_listener = None
+        if settings.admin_port is not None:
+            admin_listener = undo.enter_context(bind(settings.admin_host, settings.admin_port))
         metrics = Metrics(CollectorRegistry())
         engine = engine or Engine.from_settings(settings.to_engine_settings(), observer=metrics)
         undo.callback(engine.close, CLOSE_SECONDS)
         catalog = _open_catalog(settings, engine, database)
+        context = _context(settings, engine, catalog, metrics, tenancy)
         opened = undo.pop_all()
-    metrics.watch(engine.stats, lambda: _adapter_gauges(catalog, engine))
-    context = ApiContext(
-        engine=engine,
-        codec=engine.codec,
-        structures=engine.grammars,
-        card=engine.card,
-        catalog=catalog,
-        authenticator=OpenAuthenticator(),
-        observer=metrics,
-        lifecycle=Lifecycle(),
-        registry=metrics.registry,
-        version=version("vblora"),
-        caps=_caps(settings),
-        hosts=_hosts(settings),
-    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, opened.close)
             stack.callback(asyncio.create_task(_sweep_hourly(catalog)).cancel)
+            if admin_listener is not None:
+                admin_context = replace(context, hosts=LOOPBACK_HOSTS if is_loopback(settings.admin_host) else None)
+                _log.info("metrics and health on port %d", admin_listener.getsockname()[1])
+                await stack.enter_async_context(served(build_admin_application(admin_context), admin_listener))
             yield
 
     return build_application(context, lifespan, settings.cors_origins)
 
 
+def _context(
+    settings: ServerSettings, engine: Engine, catalog: Catalog, metrics: Metrics, tenancy: Tenancy
+) -> ApiContext:
+    metrics.watch(engine.stats, lambda: _adapter_gauges(catalog, engine))
+    return ApiContext(
+        engine=engine,
+        codec=engine.codec,
+        structures=engine.grammars,
+        card=engine.card,
+        catalog=catalog,
+        authenticator=tenancy.authenticator,
+        tenants=tenancy.tenants,
+        observer=metrics,
+        lifecycle=Lifecycle(),
+        registry=metrics.registry,
+        version=version("vblora"),
+        caps=_caps(settings),
+        hosts=_hosts(settings, tenancy),
+        keyed=tenancy.keyed,
+    )
+
+
 def serve(settings: ServerSettings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises `StartupError`."""
-    with _bind(settings.host, settings.port) as listener:
+    """Serve until SIGTERM or SIGINT, then drain. Raises `StartupError` and `SettingsError`."""
+    with bind(settings.host, settings.port) as listener:
         app = create_app(settings)
         config = uvicorn.Config(
             app,
@@ -127,18 +148,6 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet, taken before the model is loaded so that a taken port is known at once."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise StartupError(f"cannot listen on {host} port {port}: {error.strerror}") from error
-    return listener
-
-
 def _address(settings: ServerSettings, listener: socket.socket) -> str:
     scheme = "https" if settings.ssl_certfile else "http"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -150,6 +159,25 @@ def _open_database(settings: ServerSettings) -> Database:
         return open_database(settings.database_url or sqlite_url(settings.data_dir / "registry.db"))
     except DatabaseError as error:
         raise StartupError(str(error)) from error
+
+
+def _open_tenancy(settings: ServerSettings, database: Database) -> Tenancy:
+    if not settings.asks_for_keys(tenants=bool(TenantRegistry(database))):
+        return open_tenancy(database)
+    if settings.jwt_issuer is None or settings.jwt_audience is None or settings.jwt_jwks is None:
+        return keyed_tenancy(database)
+    try:
+        from serving.tenancy.jwks import Jwks, JwksError  # an extra: not everybody has it
+        from serving.tenancy.tokens import TokenVerifier
+    except ImportError as error:
+        raise StartupError("tokens need the extra `jwt`: pip install 'vblora[jwt]'") from error
+    try:
+        jwks = Jwks(settings.jwt_jwks)
+    except JwksError as error:
+        raise StartupError(f"--jwt-jwks: {error}") from error
+    return keyed_tenancy(
+        database, TokenVerifier(jwks, settings.jwt_issuer, settings.jwt_audience, settings.jwt_tenant_claim)
+    )
 
 
 def _open_catalog(settings: ServerSettings, engine: Engine, database: Database) -> Catalog:
@@ -196,11 +224,11 @@ def _adapter_gauges(catalog: Catalog, engine: Engine) -> AdapterGauges:
     return AdapterGauges(len(catalog), stats.adapters, stats.bytes, stats.banks, stats.bank_bytes)
 
 
-def _hosts(settings: ServerSettings) -> frozenset[str] | None:
-    """The Host headers that are answered; None answers any."""
+def _hosts(settings: ServerSettings, tenancy: Tenancy) -> frozenset[str] | None:
+    """The Host headers that are answered; None answers any, as a key protects from whatever page sends them."""
     if settings.allowed_hosts:
         return frozenset(host.lower() for host in settings.allowed_hosts)
-    return LOOPBACK_HOSTS if settings.loopback else None
+    return LOOPBACK_HOSTS if settings.loopback and not tenancy.keyed else None
 
 
 def _caps(settings: ServerSettings) -> Caps:

@@ -1,4 +1,7 @@
-"""`vblora-serve`: start the server, and manage its adapters through its HTTP API. Knows settings, not how they work."""
+"""`vblora-serve`: start the server, and manage its adapters through its HTTP API. Knows settings, not how they work.
+
+The commands that manage tenants are in `serving/tenant_cli.py`.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from serving.settings import (
     load_settings,
     settings_reference,
 )
+from serving.tenant_cli import tenant_app
 
 FAILED, WRONG_USAGE = 1, 2
 Url = Annotated[str, typer.Option("--url", envvar="VBLORA_URL", help="Address of the server.")]
@@ -36,6 +40,7 @@ app = typer.Typer(
 )
 adapter_app = typer.Typer(help="Manage the adapters of a running server.", no_args_is_help=True)
 app.add_typer(adapter_app, name="adapter")
+app.add_typer(tenant_app, name="tenant")
 
 
 def main() -> None:
@@ -54,6 +59,8 @@ def run(config: Path | None, **flags: Any) -> None:
 
     try:
         serve(settings)
+    except SettingsError as error:
+        _fail(str(error), WRONG_USAGE)
     except StartupError as error:
         _fail(str(error), FAILED)
 

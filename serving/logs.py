@@ -35,7 +35,7 @@ def configure_logs(level: str, stream: TextIO = sys.stderr) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.getLogger("uvicorn.access").disabled = True
-    for chatty in ("httpx", "httpcore", "transformers", "filelock"):
+    for chatty in ("alembic", "httpx", "httpcore", "transformers", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

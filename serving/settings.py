@@ -32,6 +32,11 @@ class SettingsError(Exception):
     """Settings that cannot be used; the message names them as an operator writes them."""
 
 
+def default_data_dir() -> Path:
+    """Where a server keeps its data if it is told no other folder."""
+    return user_data_path("vblora-serve", appauthor=False)
+
+
 def _split(value: Any) -> Any:
     return [item for item in value.split(",") if item] if isinstance(value, str) else value
 
@@ -56,8 +61,18 @@ class ServerSettings(BaseSettings):
     )
     allowed_hosts: Texts = Field(
         (),
-        description="Host that requests may name; by default loopback's on a loopback address, else any. Repeatable.",
+        description="Host that requests may name; by default any, but without keys loopback's on a loopback address. "
+        "Repeatable.",
     )
+    require_keys: bool = Field(False, description="Do not start while there is no tenant in the registry.")
+    admin_port: int | None = Field(
+        None, ge=0, le=65535, description="Port that serves /metrics, /health* and /version without a key, over HTTP."
+    )
+    admin_host: str = Field("127.0.0.1", description="Address of admin-port.")
+    jwt_issuer: str | None = Field(None, description="Issuer of the JSON Web Tokens that are taken besides keys.")
+    jwt_audience: str | None = Field(None, description="Audience that tokens must name.")
+    jwt_jwks: str | None = Field(None, description="The issuer's public keys: a JWKS file, or its https address.")
+    jwt_tenant_claim: str = Field("sub", description="Claim of a token that names the tenant.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the base model's weights; `auto` takes the one they are stored in."
     )
@@ -83,7 +98,7 @@ class ServerSettings(BaseSettings):
         None, description="`int8` computes the base model's linear layers in 8-bit integers: faster, slightly worse."
     )
     data_dir: Path = Field(
-        default_factory=lambda: user_data_path("vblora-serve", appauthor=False),
+        default_factory=default_data_dir,
         description="Where uploaded adapters and their registry are kept.",
     )
     database_url: str | None = Field(
@@ -123,23 +138,34 @@ class ServerSettings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _refuse_open_server(self) -> ServerSettings:
-        if not self.loopback and not self.allow_unauthenticated:
-            raise ValueError(
-                f"host {self.host} is reachable from other machines and this server asks for no keys: "
-                "listen on 127.0.0.1, or add --allow-unauthenticated"
-            )
+    def _check_what_belongs_together(self) -> ServerSettings:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl-certfile and ssl-keyfile belong together")
+        if len({self.jwt_issuer is None, self.jwt_audience is None, self.jwt_jwks is None}) > 1:
+            raise ValueError("jwt-issuer, jwt-audience and jwt-jwks belong together")
         return self
+
+    def asks_for_keys(self, *, tenants: bool) -> bool:
+        """Whether callers need keys: if there are `tenants`. Raises `SettingsError` where a server without keys is not
+        wanted."""
+        if tenants:
+            return True
+        if self.require_keys or self.jwt_issuer is not None:
+            flag = "--require-keys" if self.require_keys else "--jwt-issuer"
+            raise SettingsError(
+                f"{flag} needs a tenant and the registry has none: vblora-serve tenant add NAME --role operator"
+            )
+        if not self.loopback and not self.allow_unauthenticated:
+            raise SettingsError(
+                f"host {self.host} is reachable from other machines and this server asks for no keys: listen on "
+                "127.0.0.1, make keys with `vblora-serve tenant add`, or add --allow-unauthenticated"
+            )
+        return False
 
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach `host`."""
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def adapters(self) -> dict[str, Path]:
@@ -166,6 +192,14 @@ class ServerSettings(BaseSettings):
             adapter_dtype=self.adapter_dtype,
             quantization=self.quantization,
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a listener on `host`."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> ServerSettings:

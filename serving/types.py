@@ -31,6 +31,27 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantLimits:
+    """What one tenant may use; None is the server's default. `weight` is its share of tokens beside others'."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    queued_requests: int | None = None
+    max_tokens: int | None = None
+    adapters: int | None = None
+    adapter_bytes: int | None = None
+    weight: float = 1.0
+
+
+class TenantDirectory(Protocol):
+    """What is known of tenants, at most a second old."""
+
+    def limits(self, tenant: str) -> TenantLimits:
+        """The limits set for `tenant`; of one that nobody knows, those of a tenant with none set."""
+
+
+@dataclass(frozen=True, slots=True)
 class Structure:
     """What the text of an answer must match. `text` is, by `kind`: empty for ``json_object``; a JSON schema; a regular
     expression; a JSON list of strings; a grammar in llguidance's Lark; or, for ``tools``, a JSON object of the `tools`

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 from starlette.types import Scope
 
-from serving.api import adapters, docs, embeddings, generate, health, models, responses
+from serving.api import adapters, admin, docs, embeddings, generate, health, models, responses
 from serving.api.context import ApiContext
 from serving.api.errors import install_error_handlers
 from serving.api.generate import ADAPTER_HEADER
@@ -26,6 +26,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     embeddings.router,
     models.router,
     adapters.router,
+    admin.router,
     health.router,
     docs.router,
 )
@@ -34,7 +35,18 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 def build_application(context: ApiContext, lifespan: Lifespan, cors_origins: Sequence[str] = ()) -> FastAPI:
     """The application; `lifespan` brackets its time of service."""
-    app = _routes(context.version, lifespan=lifespan, middleware=_layers(context, cors_origins))
+    app = _routes(context.version, keyed=context.keyed, lifespan=lifespan, middleware=_layers(context, cors_origins))
+    app.state.context = context
+    app.state.methods_of = methods_of
+    install_error_handlers(app)
+    return app
+
+
+def build_admin_application(context: ApiContext) -> FastAPI:
+    """Metrics and health only, for a listener of their own: nobody is asked for a key there."""
+    layers = [Middleware(RequestScope, context=context), Middleware(HostCheck, context=context)]
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, middleware=layers)
+    app.include_router(health.router)
     app.state.context = context
     app.state.methods_of = methods_of
     install_error_handlers(app)
@@ -46,7 +58,7 @@ def specification(version: str) -> str:
     return json.dumps(_routes(version).openapi(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def _routes(version: str, **options: Any) -> FastAPI:
+def _routes(version: str, *, keyed: bool = False, **options: Any) -> FastAPI:
     app = FastAPI(
         title="VB-LoRA inference server",
         version=version,
@@ -61,7 +73,7 @@ def _routes(version: str, **options: Any) -> FastAPI:
     )
     for router in ROUTERS:
         app.include_router(router)
-    install_openapi(app)
+    install_openapi(app, keyed=keyed)
     return app
 
 

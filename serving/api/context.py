@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from serving.api.lifecycle import Lifecycle
 from serving.api.replies import Usage
 from serving.api.turns import Turns
-from serving.tenancy.authenticator import Authenticator
+from serving.tenancy.records import Authenticator, TenantAdmin
 from serving.types import (
     MAX_PAGE,
     AdapterCatalog,
@@ -57,7 +57,7 @@ class ApiObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ApiContext:
-    """The parts behind the routes. `hosts` None answers any Host header."""
+    """The parts behind the routes. `hosts` None answers any Host header; `keyed` is for the specification."""
 
     engine: EngineClient
     codec: TextCodec
@@ -65,6 +65,7 @@ class ApiContext:
     card: ModelCard
     catalog: AdapterCatalog
     authenticator: Authenticator
+    tenants: TenantAdmin
     observer: ApiObserver
     lifecycle: Lifecycle
     registry: CollectorRegistry
@@ -72,6 +73,7 @@ class ApiContext:
     caps: Caps = Caps()
     compiling: Turns = field(default_factory=Turns)  # of what answers must match
     hosts: frozenset[str] | None = None
+    keyed: bool = False
 
 
 @dataclass(slots=True)

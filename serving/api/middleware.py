@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from dataclasses import replace
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -126,18 +127,24 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            self._check(scope)
+            await self._check(scope)
         await self._app(scope, receive, send)
 
-    def _check(self, scope: Scope) -> None:
+    async def _check(self, scope: Scope) -> None:
         role = required_role(scope["path"])
         if role is not None:
-            caller = self._context.authenticator.authenticate(Headers(scope=scope).get("authorization"))
-            scope["state"]["record"].caller = caller
+            caller = await self._context.authenticator.authenticate(Headers(scope=scope).get("authorization"))
+            scope["state"]["record"].caller = caller = replace(caller, address=_peer(scope))
             if role not in caller.roles:
                 raise PermissionDenied(f"this route is for the role {role}")
         if self._context.lifecycle.draining and scope["path"] not in _ALWAYS_ANSWERED:
             raise Draining("the server is shutting down")
+
+
+def _peer(scope: Scope) -> str:
+    """The address that the request comes from, for the audit log; nothing is decided by it."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
 
 
 class BodyLimit:

@@ -56,6 +56,7 @@ TAGS = [
     {"name": "generation", "description": "Text from the base model, or from it with an adapter."},
     {"name": "models", "description": "What can be asked, and how texts become tokens."},
     {"name": "adapters", "description": "Which adapters there are, their revisions, and the tenant's default."},
+    {"name": "tenants", "description": "Who may call, with which keys and limits, and the log of changes: operators."},
     {"name": "server", "description": "Is the server well, and what is it doing."},
 ]
 _REF = "#/components/schemas/{model}"
@@ -96,12 +97,14 @@ def body_model(name: str) -> type[RequestModel]:
     return _bodies[name]
 
 
-def install_openapi(app: FastAPI) -> None:
-    """Make `app.openapi()` and `/openapi.json` tell of all bodies."""
+def install_openapi(app: FastAPI, *, keyed: bool) -> None:
+    """Make `app.openapi()` and `/openapi.json` tell of all bodies, and of keys on a server that is `keyed`."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = _build(app)
+            if keyed:
+                _describe_security(app.openapi_schema)
         return app.openapi_schema
 
     # FastAPI documents replacing this method as the way to extend the specification.
@@ -123,6 +126,13 @@ def _build(app: FastAPI) -> dict[str, Any]:
         _describe_success(entry, operation)
         _describe_errors(entry, operation)
     return document
+
+
+def _describe_security(document: dict[str, Any]) -> None:
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for entry in _operations(document):
+        if not OPERATIONS.get(entry["operationId"], Operation()).public:
+            entry["security"] = [{"key": []}]
 
 
 def _operations(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

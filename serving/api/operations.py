@@ -144,6 +144,28 @@ OPERATIONS: Mapping[str, Operation] = {
         {"a folder": {"lora_name": "saltspoke", "lora_path": "/srv/adapters/saltspoke", "load_inplace": True}},
     ),
     "unload_lora_adapter": Operation((ModelNotFound,), {"its name": {"lora_name": "saltspoke"}}),
+    "list_tenants": Operation(),
+    "create_tenant": Operation(
+        (),
+        {
+            "a customer": {"name": "acme"},
+            "a customer with limits": {"name": "acme", "weight": 2, "quotas": {"requests_per_minute": 600}},
+            "an operator": {"name": "ops", "role": "operator"},
+        },
+    ),
+    "get_tenant": Operation((NotFound,)),
+    "change_tenant": Operation(
+        (NotFound,),
+        {
+            "disable": {"disabled": True},
+            "limit": {"quotas": {"tokens_per_minute": 100000, "requests_per_minute": None}},
+        },
+    ),
+    "delete_tenant": Operation((NotFound,)),
+    "list_keys": Operation((NotFound,)),
+    "create_key": Operation((NotFound,)),
+    "revoke_key": Operation((NotFound,)),
+    "list_changes": Operation(),
     "live": Operation(public=True),
     "ready": Operation((Draining, EngineUnavailable), public=True),
     "health": Operation((Draining, EngineUnavailable), public=True),
@@ -162,7 +184,8 @@ EVERY_ERROR: Errors = tuple(
 NAME_SCHEMA = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"}
 _REVISION_SCHEMA = {"type": "string", "pattern": "^[0-9a-f]{16}$"}
 PARAMETERS: Mapping[str, Mapping[str, Any]] = {
-    "name": {"description": "The adapter's name.", "schema": NAME_SCHEMA, "example": "saltspoke"},
+    "name": {"description": "The adapter's or the tenant's name.", "schema": NAME_SCHEMA, "example": "saltspoke"},
+    "id": {"description": "The key's id.", "schema": {"type": "string"}, "example": "5f0c1d2e3a4b6978"},
     "limit": {"description": "Most entries in the answer.", "example": 100},
     "after": {"description": "The last entry of the page before, its `last_id`.", "example": "saltspoke"},
     "revision": {

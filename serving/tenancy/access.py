@@ -5,8 +5,10 @@ from __future__ import annotations
 from serving.types import Role
 
 PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/version"})
-OPERATOR_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/openapi.json", "/docs"})
-OPERATOR_FOLDERS = ("/docs/",)
+OPERATOR_PATHS = frozenset(
+    {"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics", "/openapi.json", "/docs", "/admin"}
+)
+OPERATOR_FOLDERS = ("/docs/", "/admin/")
 
 
 def required_role(path: str) -> Role | None:

@@ -97,7 +97,7 @@ def test_nothing_else_is_below_it(server: Server, path: str) -> None:
 class _OneKey:
     """An authenticator that knows one key, a tenant's."""
 
-    def authenticate(self, authorization: str | None) -> Caller:
+    async def authenticate(self, authorization: str | None) -> Caller:
         if authorization != "Bearer of a tenant":
             raise InvalidApiKey("the key is missing or wrong")
         return Caller("customer", frozenset({"tenant"}))

@@ -20,7 +20,6 @@ def test_run_has_a_flag_for_every_setting() -> None:
     [
         (["demo", "--port", "x"], "--port"),
         ([], "model is required"),
-        (["demo", "--host", "0.0.0.0"], "--allow-unauthenticated"),
         (["demo", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["demo", "--adapter", "a"], "NAME=PATH"),
     ],

@@ -68,9 +68,9 @@ def test_sizes_have_units(tmp_path: Path) -> None:
         ({"adapter": ["=a"]}, "NAME=PATH"),
         ({"model": None}, "model is required"),
         ({"ssl_certfile": "x"}, "ssl-keyfile"),
-        ({"host": "0.0.0.0"}, "--allow-unauthenticated"),
-        ({"host": "example.org"}, "--allow-unauthenticated"),
-        ({"host": ""}, "--allow-unauthenticated"),
+        ({"jwt_issuer": "x"}, "jwt-jwks"),
+        ({"jwt_issuer": "x", "jwt_audience": "y"}, "jwt-jwks"),
+        ({"admin_port": -1}, "--admin-port"),
     ],
 )
 def test_what_cannot_be_used_is_named(flags: dict[str, Any], words: str) -> None:
@@ -81,10 +81,26 @@ def test_what_cannot_be_used_is_named(flags: dict[str, Any], words: str) -> None
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_loopback_needs_no_leave(host: str) -> None:
     assert load(host=host).loopback
+    assert not load(host=host).asks_for_keys(tenants=False)
 
 
-def test_other_addresses_need_leave() -> None:
-    assert not load(host="0.0.0.0", allow_unauthenticated=True).loopback
+@pytest.mark.parametrize("host", ["0.0.0.0", "example.org", ""])
+def test_other_addresses_need_keys_or_leave(host: str) -> None:
+    with pytest.raises(SettingsError, match="--allow-unauthenticated"):
+        load(host=host).asks_for_keys(tenants=False)
+    assert load(host=host).asks_for_keys(tenants=True)
+    assert not load(host=host, allow_unauthenticated=True).asks_for_keys(tenants=False)
+    assert not load(host=host).loopback
+
+
+@pytest.mark.parametrize(
+    "flags", [{"require_keys": True}, {"jwt_issuer": "x", "jwt_audience": "y", "jwt_jwks": "z"}], ids=["keys", "tokens"]
+)
+def test_where_keys_are_wanted_an_empty_registry_is_refused(flags: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="vblora-serve tenant add"):
+        load(**flags).asks_for_keys(tenants=False)
+    assert load(**flags).asks_for_keys(tenants=True)
+    assert load(allow_unauthenticated=True).asks_for_keys(tenants=True)
 
 
 @pytest.mark.parametrize(
