@@ -108,7 +108,16 @@ def running(programs: Path) -> Iterator[Postgres]:
             f"--pwfile={file}",
         ]
         subprocess.run(
-            [*become, *initdb, "--no-sync", "-E", "UTF8", "--locale=C.UTF-8"],
+            [
+                *become,
+                *initdb,
+                "--no-sync",
+                "-E",
+                "UTF8",
+                "--locale=C.UTF-8",
+                "--locale-provider=icu",
+                "--icu-locale=en-US",
+            ],
             check=True,
             cwd=folder,
             stdout=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""Adapters: names → revisions (`catalog`), bytes on disk (`storage`), content in memory (`residency`).
+"""Adapters: names → revisions (`catalog`, over `registry`), bytes (`storage`), content in memory (`residency`).
 
 The folder knows no HTTP and no engine.
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -52,7 +53,8 @@ class LocalStorage:
     """Revisions in a local folder, `<root>/<content hash>/`: one folder a content, in PEFT's layout."""
 
     def __init__(self, root: Path) -> None:
-        """Create `root` where needed and remove what interrupted writes left there: one server a folder."""
+        """Create `root` where needed and remove what interrupted writes left there. Other servers may use it, but what
+        they write while this one starts may fail."""
         root.mkdir(parents=True, exist_ok=True)
         remove_partial(root)
         self._root = root
@@ -61,11 +63,22 @@ class LocalStorage:
     def put(self, content_hash: str, config: bytes, weights: bytes) -> None:
         folder = self._folder(content_hash)
         with self._writing:
-            if folder.is_dir():
-                os.utime(folder)
-                sync_folder(self._root)  # the write that made it may have failed at just this
-            else:
+            if self._renew(folder):
+                return
+            try:
                 write_folder(folder, {CONFIG_FILE: config, WEIGHTS_FILE: weights})
+            except OSError:
+                if not self._renew(folder):  # else another process has put it in the meantime
+                    raise
+
+    def _renew(self, folder: Path) -> bool:
+        """Let a content that is there count as new; False if it is not there."""
+        try:
+            os.utime(folder)
+        except FileNotFoundError:
+            return False
+        sync_folder(self._root)  # the write that made it may have failed at just this
+        return True
 
     def get(self, content_hash: str) -> tuple[bytes, bytes]:
         folder = self._folder(content_hash)
@@ -76,9 +89,8 @@ class LocalStorage:
 
     def delete(self, content_hash: str) -> None:
         folder = self._folder(content_hash)
-        with self._writing:
-            if folder.is_dir():
-                remove_folder(folder)
+        with self._writing, suppress(FileNotFoundError):  # also if another process removes it now
+            remove_folder(folder)
 
     def modified(self, content_hash: str) -> float | None:
         stored = _stored(self._folder(content_hash))

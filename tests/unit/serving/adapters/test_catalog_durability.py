@@ -220,6 +220,6 @@ def test_kills_at_random_moments_leave_a_registry_that_serves(tmp_path: Path, da
         assert registered(site) == replayed(site)
         assert site.stored() >= site.named()
         assert all(stored.modified > time.time() - 600 for stored in site.storage.sizes().values())
-    assert len(site.tables()["audit"]) > 200  # else the kills came before there was anything to break
+    assert len(site.tables()["audit"]) > 75  # each process was let make one change, and then some were killed in others
     after_restart(site)
     site.close()

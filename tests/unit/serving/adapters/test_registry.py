@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from serving.adapters.storage import LocalStorage
 from serving.errors import InvalidValue, ModelNotFound, PermissionDenied, ServingError
 from serving.store.tables import audit, defaults
 from serving.types import Caller
-from tests.adapters import ANN, BASE, BOB, LAYOUT, OPERATOR, Site, adapter_files, write_files
+from tests.adapters import ANN, BASE, BOB, LAYOUT, OPERATOR, Site, adapter_files, registered, replayed, write_files
 
 
 @pytest.fixture
@@ -186,6 +187,23 @@ def test_a_server_sees_the_changes_of_another_at_once(site: Site, beside: Site) 
             gone()
     assert len(one) == len(two) == 0
     assert site.stored() == set()
+
+
+def test_servers_that_change_one_name_at_a_time_wait_for_each_other(site: Site, beside: Site) -> None:
+    def change(server: Site) -> None:
+        for seed in range(6):
+            server.catalog.add(ANN, "x", *adapter_files(seed))
+            with suppress(ModelNotFound):  # another has deleted it
+                server.catalog.set_default("ann", "x")
+                server.catalog.activate(ANN, "x", server.catalog.get("ann", "x").revisions[0].revision)
+                if seed % 3 == 2:
+                    server.catalog.delete(ANN, "x")
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(change, server) for server in (site, beside) * 2]:
+            done.result()
+    assert registered(site) == replayed(site)
+    assert site.stored() == site.named()
 
 
 def test_an_upload_survives_the_removal_of_equal_bytes_by_another(site: Site, beside: Site) -> None:
