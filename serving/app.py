@@ -34,8 +34,11 @@ from serving.listeners import bind, served
 from serving.metrics import AdapterGauges, Metrics
 from serving.settings import ServerSettings, is_loopback
 from serving.store.database import DatabaseError, open_database, sqlite_url
+from serving.tenancy.quotas import TenantQuotas
 from serving.tenancy.service import Tenancy, keyed_tenancy, open_tenancy
 from serving.tenancy.tenants import TenantRegistry
+from serving.tenancy.usage import SqlUsageLedger
+from serving.tenancy.windows import Windows, WindowsError
 
 DEMO_MODEL = "demo"
 CLOSE_SECONDS = 5.0
@@ -52,16 +55,21 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
     with ExitStack() as undo:
         database = _open_database(settings)
         undo.callback(database.dispose)
+        usage = SqlUsageLedger(database)
+        undo.callback(usage.close)
         tenancy = _open_tenancy(settings, database)
         undo.callback(tenancy.close)
         admin_listener = None
         if settings.admin_port is not None:
             admin_listener = undo.enter_context(bind(settings.admin_host, settings.admin_port))
-        metrics = Metrics(CollectorRegistry())
+        metrics = Metrics(CollectorRegistry(), tenant_label=settings.metrics_tenant_label)
+        windows = _open_windows(settings, metrics)
+        undo.callback(windows.close)
         engine = engine or Engine.from_settings(settings.to_engine_settings(), observer=metrics)
         undo.callback(engine.close, CLOSE_SECONDS)
         catalog = _open_catalog(settings, engine, database)
-        context = _context(settings, engine, catalog, metrics, tenancy)
+        quotas = TenantQuotas(tenancy.directory, settings.to_tenant_limits(), windows)
+        context = _context(settings, engine, catalog, metrics, tenancy, quotas, usage)
         opened = undo.pop_all()
 
     @asynccontextmanager
@@ -79,7 +87,13 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
 
 
 def _context(
-    settings: ServerSettings, engine: Engine, catalog: Catalog, metrics: Metrics, tenancy: Tenancy
+    settings: ServerSettings,
+    engine: Engine,
+    catalog: Catalog,
+    metrics: Metrics,
+    tenancy: Tenancy,
+    quotas: TenantQuotas,
+    usage: SqlUsageLedger,
 ) -> ApiContext:
     metrics.watch(engine.stats, lambda: _adapter_gauges(catalog, engine))
     return ApiContext(
@@ -92,6 +106,8 @@ def _context(
         tenants=tenancy.tenants,
         observer=metrics,
         lifecycle=Lifecycle(),
+        quotas=quotas,
+        usage=usage,
         registry=metrics.registry,
         version=version("vblora"),
         caps=_caps(settings),
@@ -159,6 +175,13 @@ def _open_database(settings: ServerSettings) -> Database:
         return open_database(settings.database_url or sqlite_url(settings.data_dir / "registry.db"))
     except DatabaseError as error:
         raise StartupError(str(error)) from error
+
+
+def _open_windows(settings: ServerSettings, metrics: Metrics) -> Windows:
+    try:
+        return Windows(settings.redis_url, failed=metrics.on_quota_storage_error)
+    except WindowsError as error:
+        raise StartupError(f"--redis-url: {error}") from error
 
 
 def _open_tenancy(settings: ServerSettings, database: Database) -> Tenancy:

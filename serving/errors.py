@@ -28,17 +28,21 @@ from typing import ClassVar
 
 class ServingError(Exception):
     """Base of all errors with a place in API.md's table. `message` is written for a stranger: no paths, no names of
-    other tenants. `param` names the field at fault, like ``messages.0.content``."""
+    other tenants. `param` names the field at fault, like ``messages.0.content``; `reason` the limit that refused, for
+    metrics."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after: int | None = None, reason: str | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class InvalidValue(ServingError):

@@ -1,6 +1,7 @@
 """Prometheus metrics: what the engine and the routes report, and gauges read at each scrape.
 
-Labels are bounded: never a tenant's or an adapter's name. Knows no HTTP and no engine, only the Protocols.
+Labels are bounded: never an adapter's name, and a tenant's only where the operator wants it. Knows no HTTP and no
+engine, only the Protocols.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from serving.types import EngineStats, FinishReason, StepReport
 
 PREFIX = "vblora_"
 REJECTIONS = frozenset({"rate_limit_exceeded", "overloaded", "draining", "engine_unavailable"})
+MOST_TENANTS = 1000  # that have series of their own; the others share one
+OTHER_TENANTS = "(other)"
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _COMPOSE = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05)
@@ -35,18 +38,24 @@ class AdapterGauges:
 class Metrics:
     """Implements `serving.types.EngineObserver` and `serving.api.context.ApiObserver`. Thread-safe."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, tenant_label: bool = False) -> None:
+        """With `tenant_label` the counters of requests and tokens tell tenants apart."""
         self.registry = registry
+        self._tenants: set[str] | None = set() if tenant_label else None
+        tenant = ("tenant",) if tenant_label else ()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
         self.last_step = (0, 0)
-        self._finished = self._counter("request_success", "Requests that ended.", "finished_reason")
+        self._finished = self._counter("request_success", "Requests that ended.", "finished_reason", *tenant)
         self._errors = self._counter("request_errors", "Requests that failed.", "code")
         self._rejections = self._counter("admission_rejections", "Requests refused for lack of room.", "reason")
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that were answered.")
-        self._cached_tokens = self._counter("cached_prompt_tokens", "Of these, tokens found in the prefix cache.")
-        self._generated = self._counter("generation_tokens", "Tokens generated.")
+        self._quota_errors = self._counter("quota_storage_errors", "Failures of the Redis that keeps quotas.")
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts that were answered.", *tenant)
+        self._cached_tokens = self._counter(
+            "cached_prompt_tokens", "Of these, tokens found in the prefix cache.", *tenant
+        )
+        self._generated = self._counter("generation_tokens", "Tokens generated.", *tenant)
         self._queue = self._histogram("request_queue_time_seconds", "From submission to admission.", _LATENCY)
         self._first = self._histogram("time_to_first_token_seconds", "From submission to the first token.", _LATENCY)
         self._gap = self._histogram("inter_token_latency_seconds", "Between tokens of a request.", _TOKEN_GAP)
@@ -69,13 +78,30 @@ class Metrics:
         self._gap.observe(seconds)
 
     def on_finished(
-        self, reason: FinishReason, seconds: float, prompt_tokens: int, cached_tokens: int, generated_tokens: int
+        self,
+        tenant: str,
+        reason: FinishReason,
+        seconds: float,
+        prompt_tokens: int,
+        cached_tokens: int,
+        generated_tokens: int,
     ) -> None:
-        self._finished.labels(reason).inc()
         self._total.observe(seconds)
-        self._prompt_tokens.inc(prompt_tokens)
-        self._cached_tokens.inc(cached_tokens)
-        self._generated.inc(generated_tokens)
+        label = self._label(tenant)
+        self._finished.labels(reason, *label).inc()
+        for counter, tokens in (
+            (self._prompt_tokens, prompt_tokens),
+            (self._cached_tokens, cached_tokens),
+            (self._generated, generated_tokens),
+        ):
+            (counter.labels(*label) if label else counter).inc(tokens)
+
+    def _label(self, tenant: str) -> tuple[str, ...]:
+        if self._tenants is None:
+            return ()
+        if len(self._tenants) < MOST_TENANTS:
+            self._tenants.add(tenant)
+        return (tenant if tenant in self._tenants else OTHER_TENANTS,)
 
     def on_step(self, step: StepReport) -> None:
         self.last_step = (step.decode_rows + step.prefill_rows, step.adapters)
@@ -84,11 +110,15 @@ class Metrics:
     def on_compose(self, seconds: float) -> None:
         self._compose.observe(seconds)
 
-    def on_error(self, code: str) -> None:
-        """A request was answered with the error `code`."""
+    def on_error(self, code: str, reason: str | None = None) -> None:
+        """A request was answered with the error `code`; `reason` is the limit that refused it, if one did."""
         self._errors.labels(code).inc()
         if code in REJECTIONS:
-            self._rejections.labels(code).inc()
+            self._rejections.labels(reason or code).inc()
+
+    def on_quota_storage_error(self) -> None:
+        """The Redis that keeps quotas failed."""
+        self._quota_errors.inc()
 
     def on_adapter_loaded(self, source: str, seconds: float) -> None:
         """An adapter was taken in, from ``upload`` or ``path``."""

@@ -22,7 +22,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from serving.types import EngineSettings
+from serving.types import EngineSettings, TenantLimits
 
 ENV_PREFIX = "VBLORA_"
 MODEL_HELP = "Base model: a hub id, a folder, a .gguf file, or `demo`, which also registers the shipped adapters."
@@ -44,6 +44,8 @@ def _split(value: Any) -> Any:
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
 Positive = Annotated[int, Field(ge=1)]
+Quota = Annotated[int, Field(ge=0)] | None
+NO_LIMIT = "0 is no limit; a tenant may have its own."
 
 
 class ServerSettings(BaseSettings):
@@ -82,6 +84,23 @@ class ServerSettings(BaseSettings):
     max_batched_tokens: Positive = Field(512, description="Most tokens in one step, prompts in chunks included.")
     max_queue: Positive = Field(4096, description="Most requests waiting, over all tenants.")
     max_queue_per_tenant: Positive = Field(512, description="Most requests of one tenant waiting.")
+    requests_per_minute: Quota = Field(None, description=f"Requests of one tenant a minute. {NO_LIMIT}")
+    tokens_per_minute: Quota = Field(
+        None,
+        description="Tokens of one tenant a minute, of prompts and answers; max_tokens count till an answer ends. "
+        + NO_LIMIT,
+    )
+    concurrent_requests: Quota = Field(
+        None, description=f"Requests of one tenant at a time, on this process. {NO_LIMIT}"
+    )
+    max_tokens: Quota = Field(None, description=f"Most tokens that one answer may ask for. {NO_LIMIT}")
+    max_adapters: Quota = Field(None, description=f"Most adapters of one tenant. {NO_LIMIT}")
+    max_adapter_bytes: ByteSize | None = Field(
+        None, description=f"Most bytes of one tenant's adapters, all revisions together. {NO_LIMIT}"
+    )
+    redis_url: str | None = Field(
+        None, description="Redis that counts requests and tokens a minute for several servers together, redis://…"
+    )
     kv_cache_memory: ByteSize | None = Field(
         None,
         description="Memory for keys and values, such as 2GiB; by default a quarter of the free memory, at most 4GiB.",
@@ -113,6 +132,9 @@ class ServerSettings(BaseSettings):
     cors_origins: Texts = Field((), description="Origin whose pages may call the API; `*` for all. Repeatable.")
     ssl_certfile: Path | None = Field(None, description="TLS certificate chain, PEM.")
     ssl_keyfile: Path | None = Field(None, description="TLS private key, PEM.")
+    metrics_tenant_label: bool = Field(
+        False, description="Tell tenants apart in the metrics that count requests and tokens."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log lines shown.")
     max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="Largest JSON body.")
     max_upload_bytes: ByteSize = Field(ByteSize(64 * 2**20), description="Largest upload of an adapter.")
@@ -161,6 +183,18 @@ class ServerSettings(BaseSettings):
                 "127.0.0.1, make keys with `vblora-serve tenant add`, or add --allow-unauthenticated"
             )
         return False
+
+    def to_tenant_limits(self) -> TenantLimits:
+        """What holds for tenants that have no limits of their own."""
+        return TenantLimits(
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            concurrent_requests=self.concurrent_requests,
+            queued_requests=self.max_queue_per_tenant,
+            max_tokens=self.max_tokens,
+            adapters=self.max_adapters,
+            adapter_bytes=self.max_adapter_bytes,
+        )
 
     @property
     def loopback(self) -> bool:

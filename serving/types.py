@@ -103,7 +103,8 @@ class GenerationRequest:
 
     Rows share cached prefixes within a tenant, a revision and a `cache_salt`. A lower `priority` goes first among the
     waiting of one tenant. `follows` names a row with the same prompt: this one waits until that one's prompt is in the
-    cache, and shares it. `pooled` asks for the mean of the prompt's last hidden states instead of tokens.
+    cache, and shares it. `pooled` asks for the mean of the prompt's last hidden states instead of tokens. `weight` is
+    the tenant's share beside others'; `max_queued` the most rows of the tenant that may wait, None for the engine's.
     """
 
     request_id: str
@@ -115,6 +116,8 @@ class GenerationRequest:
     priority: int = 0
     follows: str | None = None
     pooled: bool = False
+    weight: float = 1.0
+    max_queued: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +269,9 @@ class AdapterCatalog(Protocol):
         for what cannot be a name."""
 
     def get(self, tenant: str, name: str) -> AdapterInfo: ...
+    def holdings(self, tenant: str) -> tuple[int, int]:
+        """How many adapters are the tenant's own, and the bytes of all their revisions, shared with others or not."""
+
     def add(
         self, caller: Caller, name: str, config: bytes, weights: bytes, *, shared: bool = False
     ) -> tuple[AdapterInfo, RevisionInfo, bool]:
@@ -369,7 +375,13 @@ class EngineObserver(Protocol):
     def on_first_token(self, seconds: float) -> None: ...
     def on_next_token(self, seconds: float) -> None: ...
     def on_finished(
-        self, reason: FinishReason, seconds: float, prompt_tokens: int, cached_tokens: int, generated_tokens: int
+        self,
+        tenant: str,
+        reason: FinishReason,
+        seconds: float,
+        prompt_tokens: int,
+        cached_tokens: int,
+        generated_tokens: int,
     ) -> None: ...
     def on_step(self, step: StepReport) -> None: ...
     def on_compose(self, seconds: float) -> None: ...

@@ -132,6 +132,10 @@ class Catalog:
     def get(self, tenant: str, name: str) -> AdapterInfo:
         return self._info(self._find(tenant, name))
 
+    def holdings(self, tenant: str) -> tuple[int, int]:
+        """How many adapters are the tenant's own, and the bytes of all their revisions, shared with others or not."""
+        return self._registry.holdings(tenant)
+
     def _info(self, adapter: Adapter) -> AdapterInfo:
         return AdapterInfo(
             name=adapter.name,

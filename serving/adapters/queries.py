@@ -70,6 +70,16 @@ def count(base: str) -> Select[Any]:
     return select(func.count()).select_from(adapters).where(adapters.c.base == base)
 
 
+def holdings(base: str, owner: str) -> Select[Any]:
+    """How many adapters an owner has, and the bytes of all their revisions."""
+    return (
+        select(func.count(adapters.c.id.distinct()), func.coalesce(func.sum(revisions.c.bytes), 0))
+        .select_from(adapters)
+        .outerjoin(revisions, revisions.c.adapter == adapters.c.id)
+        .where(adapters.c.base == base, adapters.c.owner == owner)
+    )
+
+
 def named(contents: Collection[str]) -> Select[Any]:
     """Those of `contents` that some revision names, of whatever base."""
     return select(revisions.c.content_hash).where(revisions.c.content_hash.in_(contents)).distinct()

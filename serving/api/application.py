@@ -13,12 +13,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 from starlette.types import Scope
 
-from serving.api import adapters, admin, docs, embeddings, generate, health, models, responses
+from serving.api import adapters, admin, docs, embeddings, generate, health, models, responses, usage
 from serving.api.context import ApiContext
 from serving.api.errors import install_error_handlers
 from serving.api.generate import ADAPTER_HEADER
 from serving.api.middleware import REQUEST_ID_HEADER, Access, BodyLimit, HostCheck, RequestScope
-from serving.api.openapi import ERROR_RESPONSES, install_openapi
+from serving.api.openapi import ERROR_RESPONSES, RATE_HEADERS, install_openapi
 
 ROUTERS: tuple[APIRouter, ...] = (
     generate.router,
@@ -27,6 +27,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     models.router,
     adapters.router,
     admin.router,
+    usage.router,
     health.router,
     docs.router,
 )
@@ -90,7 +91,7 @@ def _layers(context: ApiContext, cors_origins: Sequence[str]) -> list[Middleware
         allow_origins=list(cors_origins),
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=[REQUEST_ID_HEADER, ADAPTER_HEADER],
+        expose_headers=[REQUEST_ID_HEADER, ADAPTER_HEADER, *RATE_HEADERS],
     )
     return [
         Middleware(RequestScope, context=context),

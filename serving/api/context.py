@@ -16,6 +16,8 @@ from prometheus_client import CollectorRegistry
 from serving.api.lifecycle import Lifecycle
 from serving.api.replies import Usage
 from serving.api.turns import Turns
+from serving.errors import ServingError
+from serving.tenancy.metering import Quotas, UsageLedger
 from serving.tenancy.records import Authenticator, TenantAdmin
 from serving.types import (
     MAX_PAGE,
@@ -51,7 +53,9 @@ class Caps:
 class ApiObserver(Protocol):
     """What the routes report while they work; `serving/metrics.py` implements it."""
 
-    def on_error(self, code: str) -> None: ...
+    def on_error(self, code: str, reason: str | None = None) -> None:
+        """A request was answered with the error `code`; `reason` is the limit that refused it, if one did."""
+
     def on_adapter_loaded(self, source: str, seconds: float) -> None: ...
 
 
@@ -68,6 +72,8 @@ class ApiContext:
     tenants: TenantAdmin
     observer: ApiObserver
     lifecycle: Lifecycle
+    quotas: Quotas
+    usage: UsageLedger
     registry: CollectorRegistry
     version: str
     caps: Caps = Caps()
@@ -78,7 +84,8 @@ class ApiContext:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What the log line and the metrics say of one request; never its text."""
+    """What the log line, the metrics and the usage say of one request; never its text. `admitted` once its rows are
+    the engine's; `headers` are for its reply, whatever that will be."""
 
     request_id: str
     caller: Caller | None = None
@@ -87,6 +94,14 @@ class RequestRecord:
     cached_tokens: int = 0
     generated_tokens: int = 0
     error_code: str | None = None
+    refusal: str | None = None
+    admitted: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def fail(self, error: ServingError) -> None:
+        """The request is answered with `error`."""
+        self.error_code = error.code
+        self.refusal = error.reason
 
     @property
     def usage(self) -> Usage:

@@ -58,7 +58,7 @@ async def create_embeddings(
 ) -> Response:
     """The mean of each input's last hidden states, not scaled to unit length."""
     prepared = await to_thread.run_sync(_prepare, context, caller, body)
-    rows = admit(context, caller, record, prepared, stack)
+    rows = await admit(context, caller, record, prepared, stack)
     vectors = await unless_disconnected(request, _collect(rows, record))
     data = [Embedding(index=index, embedding=_encoded(body, vector)) for index, vector in enumerate(vectors)]
     usage = EmbeddingUsage(prompt_tokens=record.prompt_tokens, total_tokens=record.prompt_tokens)
@@ -74,7 +74,7 @@ def _prepare(context: ApiContext, caller: Caller, body: EmbeddingBody) -> Prepar
         fit(context.card, len(tokens), 0, "input", 0)
         rows.append(Row(tuple(tokens), SamplingParams(max_tokens=0), pooled=True))
     pin = pin_adapter(context.catalog, caller.tenant, context.card.base_id, body.model, body.adapter_id)
-    return Prepared(tuple(rows), pin)
+    return Prepared(tuple(rows), pin, limit_param="input")
 
 
 async def _collect(rows: Rows, record: RequestRecord) -> list[tuple[float, ...]]:

@@ -67,7 +67,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _respond(request: Request, error: ServingError) -> Response:
-    request.state.record.error_code = error.code
+    request.state.record.fail(error)
     return error_response(error)
 
 

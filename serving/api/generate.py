@@ -22,10 +22,11 @@ from serving.api.formats import ChatFormat, CompletionFormat, Format
 from serving.api.openapi import request_body
 from serving.api.prepare import Prepared, prepare_chat, prepare_completion
 from serving.api.replies import ChatReply, CompletionReply
-from serving.api.resolve import shown_name
+from serving.api.resolve import BASE, shown_name
 from serving.api.rows import Rows, unless_disconnected
 from serving.api.schemas import ChatBody, CompletionBody, GenerationBody
 from serving.api.sse import MEDIA_TYPE, chunk_lines, event_stream
+from serving.tenancy.metering import Allowance, UsageCounts
 from serving.types import Caller
 
 ADAPTER_HEADER = "X-VBLoRA-Adapter"
@@ -44,7 +45,7 @@ async def create_completion(
     """Continue one or more prompts; each prompt is a choice of its own."""
     await compile_structures(context, caller, body)
     prepared = await to_thread.run_sync(prepare_completion, context, caller, body)
-    rows = admit(context, caller, record, prepared, stack)
+    rows = await admit(context, caller, record, prepared, stack)
     choices = completion_choices(prepared, context.codec, body)
     return await _answer(request, body, rows, CompletionFormat(*_head(body, record), choices), record)
 
@@ -61,21 +62,43 @@ async def create_chat_completion(
     """Answer the last message of a chat."""
     await compile_structures(context, caller, body)
     prepared = await to_thread.run_sync(prepare_chat, context, caller, body)
-    rows = admit(context, caller, record, prepared, stack)
+    rows = await admit(context, caller, record, prepared, stack)
     choices = chat_choices(prepared, context.codec, body)
     return await _answer(request, body, rows, ChatFormat(*_head(body, record), choices), record)
 
 
-def admit(context: ApiContext, caller: Caller, record: RequestRecord, prepared: Prepared, stack: ExitStack) -> Rows:
-    """Hand the rows to the engine; `stack` ends them and then releases the pin."""
+async def admit(
+    context: ApiContext, caller: Caller, record: RequestRecord, prepared: Prepared, stack: ExitStack
+) -> Rows:
+    """Charge the tenant's quotas and hand the rows to the engine; `stack` ends them, settles what was used and then
+    releases the pin."""
     if prepared.pin is not None:
         stack.callback(prepared.pin.release)
     record.adapter = shown_name(prepared.pin)
     record.prompt_tokens = prepared.prompt_tokens
+    allowance = context.quotas.allowance(caller.tenant)
+    stack.callback(_settle, context, caller, record, allowance)
+    try:
+        await to_thread.run_sync(allowance.take, prepared.most_tokens, prepared.limit_param)
+    finally:
+        record.headers.update(allowance.headers)
     rows = stack.enter_context(Rows(context.engine))
-    rows.submit(caller.tenant, prepared)
+    rows.submit(caller.tenant, prepared, allowance.limits)
+    record.admitted = True
     stack.enter_context(context.lifecycle.generation(rows.end))
     return rows
+
+
+def _settle(context: ApiContext, caller: Caller, record: RequestRecord, allowance: Allowance) -> None:
+    """The request has ended, however it did; one that was refused counts for nothing."""
+    if not record.admitted:
+        allowance.close(None)
+        return
+    allowance.close(record.prompt_tokens + record.generated_tokens)
+    adapter = "" if record.adapter == BASE else record.adapter or ""
+    context.usage.add(
+        caller.tenant, adapter, UsageCounts(1, record.prompt_tokens, record.cached_tokens, record.generated_tokens)
+    )
 
 
 def _head(body: GenerationBody, record: RequestRecord) -> tuple[str, str, int, bool]:

@@ -41,7 +41,7 @@ class RequestScope:
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         record = RequestRecord(given if _REQUEST_ID.fullmatch(given) else uuid4().hex)
         scope["state"] = {**scope.get("state", {}), "record": record}
-        reply = _Reply(send, record.request_id)
+        reply = _Reply(send, record)
         started = time.perf_counter()
         try:
             with self._context.lifecycle.request():
@@ -61,13 +61,13 @@ class RequestScope:
     async def _fail(
         self, error: ServingError, scope: Scope, receive: Receive, reply: _Reply, record: RequestRecord
     ) -> None:
-        record.error_code = error.code
+        record.fail(error)
         if reply.status is None:
             await error_response(error)(scope, receive, reply.send)
 
     def _report(self, scope: Scope, record: RequestRecord, status: int | None, seconds: float) -> None:
         if record.error_code is not None:
-            self._context.observer.on_error(record.error_code)
+            self._context.observer.on_error(record.error_code, record.refusal)
         _logger.info(
             "request",
             extra={
@@ -87,17 +87,17 @@ class RequestScope:
 
 
 class _Reply:
-    """`send` with the request's id among the headers; remembers the status."""
+    """`send` with the request's id and what its record has among the headers; remembers the status."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, record: RequestRecord) -> None:
         self._send = send
-        self._request_id = request_id
+        self._record = record
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)[REQUEST_ID_HEADER] = self._request_id
+            MutableHeaders(scope=message).update({REQUEST_ID_HEADER: self._record.request_id, **self._record.headers})
         await self._send(message)
 
 

@@ -72,6 +72,18 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "string"},
     },
     "RetryAfter": {"description": "Seconds.", "required": True, "schema": {"type": "string", "pattern": "^[0-9]+$"}},
+    "RateLimitLimit": {
+        "description": "The tenant's quota a minute, of requests or of tokens, where it has one.",
+        "schema": {"type": "string", "pattern": "^[0-9]+$"},
+    },
+    "RateLimitRemaining": {
+        "description": "What is left of it, less what running requests may still use.",
+        "schema": {"type": "string", "pattern": "^[0-9]+$"},
+    },
+    "RateLimitReset": {
+        "description": "How long until all of it is left again, such as `350ms` or `1m30s`.",
+        "schema": {"type": "string"},
+    },
     "WwwAuthenticate": {"description": "`Bearer`.", "required": True, "schema": {"type": "string"}},
 }
 _STREAM: dict[str, Any] = {
@@ -82,6 +94,9 @@ _STREAM: dict[str, Any] = {
         "required": ["data"],
     }
 }
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+)
 _bodies: dict[str, type[RequestModel]] = {}
 
 
@@ -168,7 +183,8 @@ def _describe_success(entry: dict[str, Any], operation: Operation) -> None:
         entry["requestBody"]["content"]["application/json"]["examples"] = examples
     for status, response in entry["responses"].items():
         if status != "default":
-            response["headers"] = _headers("X-Request-Id", *(["X-VBLoRA-Adapter"] if operation.generating else []))
+            rated = ["X-VBLoRA-Adapter", *RATE_HEADERS] if operation.generating else []
+            response["headers"] = _headers("X-Request-Id", *rated)
             if operation.streams:
                 response["content"]["text/event-stream"] = _STREAM
 
@@ -180,6 +196,8 @@ def _describe_errors(entry: dict[str, Any], operation: Operation) -> None:
     for error in sorted(errors, key=lambda error: (error.status, error.code)):
         by_status.setdefault(error.status, []).append(error)
     entry["responses"] |= {str(status): _error_response(status, errors) for status, errors in by_status.items()}
+    if operation.generating:
+        entry["responses"]["429"]["headers"] |= _headers(*RATE_HEADERS)
 
 
 def _error_response(status: int, errors: list[type[ServingError]]) -> dict[str, Any]:
@@ -203,4 +221,5 @@ def _summary(error: type[ServingError]) -> str:
 def _headers(*names: str) -> dict[str, Any]:
     of = {"X-Request-Id": "RequestId", "X-VBLoRA-Adapter": "Adapter", "Retry-After": "RetryAfter"}
     of["WWW-Authenticate"] = "WwwAuthenticate"
+    of |= {name: "RateLimit" + name.split("-")[2].title() for name in RATE_HEADERS}
     return {name: {"$ref": f"#/components/headers/{of[name]}"} for name in names}

@@ -31,17 +31,24 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Rows ready to submit, those of one prompt together. `pin` is held and must be released by whoever takes this."""
+    """Rows ready to submit, those of one prompt together. `pin` is held and must be released by whoever takes this.
+    `limit_param` is the field that bounds the answer."""
 
     rows: tuple[Row, ...]
     pin: Pin | None
     cache_salt: str | None = None
     priority: int = 0
+    limit_param: str = "max_tokens"
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts, each counted once."""
         return sum(len(row.prompt) for row in self.rows if row.leader is None)
+
+    @property
+    def most_tokens(self) -> int:
+        """These, and as many as may be generated."""
+        return self.prompt_tokens + sum(row.sampling.max_tokens for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +106,8 @@ def _prepare(
     default: int,
 ) -> Prepared:
     _check_options(body)
-    lengths = [length_of_answer(context.card, body, prompt.tokens, param, default) for prompt in prompts]
+    most = longest_answer(context, caller, sum(len(prompt.tokens) for prompt in prompts), len(prompts) * body.choices)
+    lengths = [length_of_answer(context.card, body, prompt.tokens, param, default, most) for prompt in prompts]
     params = base_sampling(context, body, logprobs=body.told, prompt_logprobs=body.scored)
     rows: list[Row] = []
     for prompt, length in zip(prompts, lengths, strict=True):
@@ -145,10 +153,35 @@ def _check_options(body: GenerationBody) -> None:
         raise InvalidValue("n must be 1 where nothing is generated", param="n")
 
 
-def length_of_answer(card: ModelCard, body: GenerationBody, prompt: Sequence[int], param: str, default: int) -> int:
-    """The most tokens to generate after `prompt`. `default` is cut to the room left in the context; what the client
-    asks for is not, it is refused. Raises `InvalidValue`, `ContextLengthExceeded`."""
-    wanted = fit(card, len(prompt), body.requested_tokens, param, default)
+@dataclass(frozen=True, slots=True)
+class LongestAnswer:
+    """The most tokens that a tenant may ask for, and those it gets if it asks for none: what its quota of tokens a
+    minute leaves for each answer. None where nothing bounds them."""
+
+    asked: int | None = None
+    default: int | None = None
+
+    def check(self, wanted: int, param: str) -> None:
+        if self.asked is not None and wanted > self.asked:
+            raise InvalidValue(f"{param} is {wanted}, above your limit of {self.asked}", param=param)
+
+
+def longest_answer(context: ApiContext, caller: Caller, prompt_tokens: int, answers: int) -> LongestAnswer:
+    """What the caller's quotas make of a request with so many tokens in its prompts. Off the event loop."""
+    limits = context.quotas.limits(caller.tenant)
+    rate = limits.tokens_per_minute
+    left = None if rate is None else max(1, (rate - prompt_tokens) // answers)
+    bounds = [bound for bound in (limits.max_tokens, left) if bound is not None]
+    return LongestAnswer(limits.max_tokens, min(bounds, default=None))
+
+
+def length_of_answer(
+    card: ModelCard, body: GenerationBody, prompt: Sequence[int], param: str, default: int, most: LongestAnswer
+) -> int:
+    """The most tokens to generate after `prompt`. `default` is cut to the room left in the context and the quotas; what
+    the client asks for is not, it is refused. Raises `InvalidValue`, `ContextLengthExceeded`."""
+    most.check(body.requested_tokens or 0, "max_tokens")
+    wanted = fit(card, len(prompt), body.requested_tokens, param, min(default, most.default or default))
     if body.min_tokens is not None and body.min_tokens > wanted:
         raise InvalidValue(f"min_tokens is {body.min_tokens}, above max_tokens = {wanted}", param="min_tokens")
     return wanted

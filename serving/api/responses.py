@@ -20,7 +20,7 @@ from serving.api.compiling import compile_structures
 from serving.api.context import ApiContext, CallerOf, Context, Record, RequestRecord, UntilAnswered
 from serving.api.generate import ADAPTER_HEADER, admit
 from serving.api.openapi import request_body
-from serving.api.prepare import Prepared, Row, base_sampling, fit
+from serving.api.prepare import Prepared, Row, base_sampling, fit, longest_answer
 from serving.api.resolve import pin_adapter
 from serving.api.response_schemas import OutputMessage, OutputText, ResponseBody, ResponseReply, ResponseUsage
 from serving.api.rows import Rows, unless_disconnected
@@ -44,7 +44,7 @@ async def create_response(
     """Answer a text or the last message of a chat. Nothing is stored."""
     await compile_structures(context, caller, body)
     prepared = await to_thread.run_sync(_prepare, context, caller, body)
-    rows = admit(context, caller, record, prepared, stack)
+    rows = await admit(context, caller, record, prepared, stack)
     answer = Answer(body, record)
     headers = {ADAPTER_HEADER: record.adapter or ""}
     if body.stream:
@@ -58,12 +58,17 @@ async def create_response(
 def _prepare(context: ApiContext, caller: Caller, body: ResponseBody) -> Prepared:
     tokens = context.codec.encode_chat(body.messages())
     tokens = tokens[-or_default(body.truncate_prompt_tokens, 0) :]
-    length = fit(context.card, len(tokens), body.max_output_tokens, "input", context.card.max_model_len)
+    most, context_length = longest_answer(context, caller, len(tokens), 1), context.card.max_model_len
+    most.check(body.max_output_tokens or 0, "max_output_tokens")
+    default = min(context_length, most.default or context_length)
+    length = fit(context.card, len(tokens), body.max_output_tokens, "input", default)
     if or_default(body.min_tokens, 0) > length:
         raise InvalidValue(f"min_tokens is {body.min_tokens}, above max_output_tokens = {length}", param="min_tokens")
     params = base_sampling(context, body, max_tokens=length)
     pin = pin_adapter(context.catalog, caller.tenant, context.card.base_id, body.model, body.adapter_id)
-    return Prepared((Row(tuple(tokens), params),), pin, body.cache_salt, or_default(body.priority, 0))
+    return Prepared(
+        (Row(tuple(tokens), params),), pin, body.cache_salt, or_default(body.priority, 0), "max_output_tokens"
+    )
 
 
 class Answer:

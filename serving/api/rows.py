@@ -6,6 +6,7 @@ Knows nothing of the shape of replies.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable
 from types import TracebackType
 from typing import TypeVar
@@ -16,8 +17,9 @@ from starlette.requests import ClientDisconnect
 
 from serving.api.prepare import Prepared
 from serving.errors import Draining, InternalError
-from serving.types import EngineClient, GenerationEvent, GenerationRequest, GenerationStream
+from serving.types import EngineClient, GenerationEvent, GenerationRequest, GenerationStream, TenantLimits
 
+UNLIMITED = sys.maxsize
 T = TypeVar("T")
 
 
@@ -40,8 +42,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def submit(self, tenant: str, prepared: Prepared) -> None:
-        """Queue the rows. Raises what `EngineClient.submit` raises; the rows before it then end with the block."""
+    def submit(self, tenant: str, prepared: Prepared, limits: TenantLimits) -> None:
+        """Queue the rows, with the tenant's weight and as far as its queue goes. Raises what `EngineClient.submit`
+        raises; the rows before it then end with the block."""
         revision = None if prepared.pin is None else prepared.pin.content_hash
         ids = [uuid4().hex for _ in prepared.rows]
         for request_id, row in zip(ids, prepared.rows, strict=True):
@@ -55,6 +58,8 @@ class Rows:
                 prepared.priority,
                 follows=None if row.leader is None else ids[row.leader],
                 pooled=row.pooled,
+                weight=limits.weight,
+                max_queued=UNLIMITED if limits.queued_requests is None else limits.queued_requests,
             )
             self._streams.append(self._engine.submit(request))
             self._unfinished[request_id] = len(self._streams) - 1

@@ -26,7 +26,7 @@ async def event_stream(lines: AsyncIterator[bytes], record: RequestRecord) -> As
         async for line in lines:
             yield line
     except ServingError as error:
-        record.error_code = error.code
+        record.fail(error)
         yield event_line(error_body(error))
     except Exception:
         _logger.exception("stream_failed", extra={"request_id": record.request_id})

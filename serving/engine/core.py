@@ -75,6 +75,11 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def running_tenants(self) -> list[str]:
+        """The tenant of each running request. May be read on any thread."""
+        return [state.request.tenant for state in tuple(self.scheduler.running)]
+
     def stats(self) -> EngineStats:
         """The gauges as of now."""
         return EngineStats(
@@ -215,7 +220,7 @@ class EngineCore:
         prompt = len(state.request.prompt_token_ids)
         # A prompt with several answers counts once.
         counted, cached = (prompt, state.cached) if state.request.follows is None else (0, 0)
-        self._observer.on_finished(finish.reason, seconds, counted, cached, state.num_generated)
+        self._observer.on_finished(state.request.tenant, finish.reason, seconds, counted, cached, state.num_generated)
         return replace(
             event,
             text=event.text + state.detokenizer.finish(),

@@ -285,9 +285,17 @@ class Engine:
         batch = self.settings.max_batch_size
         if len(self._open) >= self.settings.max_queue + batch:
             raise Overloaded("the server's queue is full", retry_after=RETRY_AFTER_SECONDS)
-        if self._load[request.tenant] >= self.settings.max_queue_per_tenant + batch:
-            limit = self.settings.max_queue_per_tenant
-            raise RateLimitExceeded(f"your queue of {limit} requests is full", retry_after=RETRY_AFTER_SECONDS)
+        limit = self.settings.max_queue_per_tenant if request.max_queued is None else request.max_queued
+        if self._load[request.tenant] >= limit and self._waiting_of(request.tenant) >= limit:
+            raise RateLimitExceeded(
+                f"your queue of {limit} requests is full", reason="queued_requests", retry_after=RETRY_AFTER_SECONDS
+            )
+
+    def _waiting_of(self, tenant: str) -> int:
+        """Requests of a tenant beyond those that run and those that could run now."""
+        running = self._core.running_tenants
+        free = self.settings.max_batch_size - len(running)
+        return self._load[tenant] - running.count(tenant) - free
 
     def _loop(self) -> None:
         """The engine's thread: take messages, run a step, hand over its events."""

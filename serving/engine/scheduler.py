@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from serving.adapters.slots import SlotPool
 from serving.engine.block_keys import BlockKeys
 from serving.engine.blocks import BlockManager
+from serving.engine.fairness import ServiceCounters
 from serving.engine.request import Chunk, Fill, RequestState, StepPlan
 
 GENERATED_TOKEN_COST = 2  # a token of service counts 1 when it is prefilled, 2 when it is generated
@@ -17,11 +19,12 @@ SCORED_TOKENS = 128  # of prompts whose log probabilities are wanted, in one ste
 class Scheduler:
     """Continuous batching of at most `max_batch_size` requests and `max_batched_tokens` tokens a step.
 
-    Waiting requests are admitted from the tenant that has been served least (the virtual token counter of Sheng et
-    al., "Fairness in Serving Large Language Models", arXiv 2401.00588); within a tenant by priority and then first come
-    first served, but for rows that wait for another row's prompt. When the cache is full the newest running request is
-    preempted, so the oldest always progresses: the cache must hold one request of full length. A request does not
-    compute what its tenant and revision have left in the cache.
+    Waiting requests are admitted from the tenant that has been served least for its weight (`fairness.py`); within a
+    tenant by priority and then first come first served, but for rows that wait for another row's prompt. A tenant that
+    has no row in a full batch takes one from a tenant that has more than its part of the rows. The room for prompts in
+    a step is shared by weight too. When the cache is full the newest running request of the tenant that has been served
+    most is preempted, never the oldest of all, so that one always progresses: the cache must hold one request of full
+    length. A request does not compute what its tenant and revision have left in the cache.
     """
 
     def __init__(self, blocks: BlockManager, slots: SlotPool, *, max_batch_size: int, max_batched_tokens: int) -> None:
@@ -30,12 +33,12 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_batched_tokens = max_batched_tokens
         self.running: list[RequestState] = []
+        self.service = ServiceCounters()
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._keys = BlockKeys(blocks.block_size)
         self._waiting: dict[str, list[RequestState]] = {}
-        self._served: dict[str, int] = {}
         self._fills: list[Fill] = []
 
     @property
@@ -48,25 +51,24 @@ class Scheduler:
 
     def add(self, state: RequestState) -> None:
         """Queue a request."""
-        insort(self._tenant_queue(state.request.tenant), state, key=_turn)
-
-    def _tenant_queue(self, tenant: str) -> list[RequestState]:
-        """A tenant that was idle starts level with the least served busy one: idleness earns no credit."""
+        tenant = state.request.tenant
+        self.service.weigh(tenant, state.request.weight)
         if tenant not in self._waiting:
-            busy = {*self._waiting, *(state.request.tenant for state in self.running)} - {tenant}
-            floor = min((self._served[other] for other in busy if other in self._served), default=0)
-            self._served[tenant] = max(self._served.get(tenant, 0), floor)
+            self.service.join(tenant, self._waiting, {state.request.tenant for state in self.running})
             self._waiting[tenant] = []
-        return self._waiting[tenant]
+        insort(self._waiting[tenant], state, key=_turn)
 
     def schedule(self) -> StepPlan:
         """Choose the chunks of the next step, with blocks and slots for all of them."""
         chunks = self._decode()
         self._admit()
+        # a row that went for another tenant's may even have come back, with less of it computed
+        chunks = [chunk for chunk in chunks if chunk.state in self.running and chunk.start == chunk.state.computed]
         chunks += self._prefill({chunk.state.order for chunk in chunks}, self.max_batched_tokens - len(chunks))
         chunks.sort(key=lambda chunk: chunk.length > 1)
         for chunk in chunks:
-            self._charge(chunk)
+            if chunk.samples:
+                self.service.charge(chunk.state.request.tenant, GENERATED_TOKEN_COST)
         fills, self._fills = tuple(self._fills), []
         return StepPlan(tuple(chunks), fills)
 
@@ -79,25 +81,24 @@ class Scheduler:
                 chunk = Chunk(state, state.computed, 1)
                 if self._make_room(chunk):
                     chunks.append(chunk)
-        return [chunk for chunk in chunks if chunk.state in self.running]
+        return chunks
 
     def _prefill(self, decoding: Collection[int], budget: int) -> list[Chunk]:
-        """Share `budget` tokens among the requests that are not `decoding` (their orders): the shortest rest first, so
-        that a short prompt need not wait for a long one; but half is the oldest's, so that none waits for ever."""
-        states = [state for state in self.running if state.order not in decoding]
-        if not states:
-            return []
-        oldest, *others = sorted(states, key=lambda state: state.order)
-        wanted = _wanted([oldest, *others])
-        left = budget - min(wanted[oldest.order], (budget + 1) // 2)
+        """Share `budget` tokens among the tenants of requests that are not `decoding` (their orders), by weight."""
+        states = sorted((s for s in self.running if s.order not in decoding), key=lambda state: state.order)
+        wanted = {state.order: state.remaining for state in states}
+        for tenant, tokens in self._share([state for state in states if state.scoring], wanted, SCORED_TOKENS).items():
+            _cut([state for state in states if state.scoring and state.request.tenant == tenant], wanted, tokens)
         chunks = []
-        for state in sorted(others, key=lambda state: (state.remaining, state.order)):
-            length = min(wanted[state.order], left)
-            left -= length
-            if length:
-                chunks.append(Chunk(state, state.computed, length))
-        spared = budget - sum(chunk.length for chunk in chunks)
-        return [Chunk(oldest, oldest.computed, min(wanted[oldest.order], spared)), *chunks] if spared else chunks
+        for tenant, tokens in self._share(states, wanted, budget).items():
+            chunks += _read([state for state in states if state.request.tenant == tenant], wanted, tokens)
+        return chunks
+
+    def _share(self, states: Sequence[RequestState], wanted: dict[int, int], tokens: int) -> dict[str, int]:
+        demands: Counter[str] = Counter()
+        for state in states:
+            demands[state.request.tenant] += wanted[state.order]
+        return self.service.shares(tokens, demands)
 
     def commit(self, plan: StepPlan) -> None:
         """The step has run: its tokens have keys and values, and the blocks that it filled may be shared."""
@@ -111,33 +112,67 @@ class Scheduler:
                 self.blocks.keep(state.block_table[index], state.block_keys[index])
 
     def _make_room(self, chunk: Chunk) -> bool:
-        """Give the chunk its blocks, preempting newer requests for them; False if it had to go itself."""
+        """Give the chunk its blocks, preempting for them; False if it had to go itself."""
         while not self.blocks.can_grow(chunk.state.block_table, chunk.end):
-            newest = max(self.running, key=lambda state: state.order)
-            self.preempt(newest)
-            if newest is chunk.state:
+            _, *others = sorted(self.running, key=lambda state: state.order)
+            victim = max(others or self.running, key=lambda state: (self.service[state.request.tenant], state.order))
+            self.preempt(victim)
+            if victim is chunk.state:
                 return False
         self.blocks.grow(chunk.state.block_table, chunk.end)
         return True
 
     def _admit(self) -> None:
         """Take waiting requests while rows, slots and blocks for their whole text so far are there."""
-        while len(self.running) < self.max_batch_size and (state := self._next()):
-            self._reuse(state)
-            if not self.blocks.can_grow(state.block_table, len(state.tokens)) or not self._take_slot(state):
-                self.blocks.release(state.block_table)
-                state.computed = 0
-                break
-            self.blocks.grow(state.block_table, len(state.tokens))
-            self._count_prefix(state)
-            self._dequeue(state)
-            self.running.append(state)
+        while state := self._next():
+            while not self._take(state):
+                if not self._give_way(state.request.tenant):
+                    return
 
     def _next(self) -> RequestState | None:
         """The request whose turn it is: the least served tenant's first that waits for no other row."""
-        ready = {tenant: next((s for s in queue if not s.blocked), None) for tenant, queue in self._waiting.items()}
-        turns = [(self._served[tenant], tenant) for tenant, state in ready.items() if state is not None]
-        return ready[min(turns, key=lambda turn: turn[0])[1]] if turns else None
+        rows = self._rows()
+        firsts = (next((s for s in queue if not s.blocked), None) for queue in self._waiting.values())
+
+        def turn(state: RequestState) -> tuple[float, int, int]:
+            tenant = state.request.tenant
+            return self.service[tenant], rows[tenant], state.order
+
+        return min((state for state in firsts if state is not None), key=turn, default=None)
+
+    def _rows(self) -> Counter[str]:
+        return Counter(state.request.tenant for state in self.running)
+
+    def _take(self, state: RequestState) -> bool:
+        """Let a waiting request run, if there is room; charge its prompt, the first time."""
+        if len(self.running) >= self.max_batch_size:
+            return False
+        self._reuse(state)
+        if not self.blocks.can_grow(state.block_table, len(state.tokens)) or not self._take_slot(state):
+            self.blocks.release(state.block_table)
+            state.computed = 0
+            return False
+        self.blocks.grow(state.block_table, len(state.tokens))
+        self._count_prefix(state)
+        if not state.preemptions:
+            self.service.charge(state.request.tenant, len(state.tokens) - state.computed)
+        self._dequeue(state)
+        self.running.append(state)
+        return True
+
+    def _give_way(self, tenant: str) -> bool:
+        """Preempt the newest row of the tenant that has been served most, among those with more than their part of the
+        rows, for a `tenant` that has none. False when there is no such row."""
+        rows = self._rows()
+        busy = {*rows, *self._waiting}
+        parts = {other: max(1.0, self.service.due(other, busy, self.max_batch_size)) for other in rows}
+        over = [other for other, count in rows.items() if count > parts[other]]
+        if rows[tenant] or not over:
+            return False
+        most = max(over, key=lambda other: self.service[other])
+        newest = max((state for state in self.running if state.request.tenant == most), key=lambda state: state.order)
+        self.preempt(newest)
+        return True
 
     def _reuse(self, state: RequestState) -> None:
         """Take the cached blocks that the request's tokens begin with; its last token is computed in any case."""
@@ -162,13 +197,6 @@ class Scheduler:
         if slot.fresh:
             self._fills.append(Fill(slot.index, revision))
         return True
-
-    def _charge(self, chunk: Chunk) -> None:
-        """Count the service given; what a preemption makes us compute again is not the tenant's to pay."""
-        request = chunk.state.request
-        prompt = max(0, min(chunk.end, len(request.prompt_token_ids)) - chunk.start)
-        prefilled = 0 if chunk.state.preemptions else prompt
-        self._served[request.tenant] += prefilled + (GENERATED_TOKEN_COST if chunk.samples else 0)
 
     def preempt(self, state: RequestState) -> None:
         """Take a running request's blocks and slot; it waits, before what came after it, to be recomputed."""
@@ -199,6 +227,7 @@ class Scheduler:
         self._waiting[tenant].remove(state)
         if not self._waiting[tenant]:
             del self._waiting[tenant]
+            self.service.leave(tenant)
 
 
 def _turn(state: RequestState) -> tuple[int, int]:
@@ -206,11 +235,23 @@ def _turn(state: RequestState) -> tuple[int, int]:
     return state.request.priority, state.order
 
 
-def _wanted(states: Sequence[RequestState]) -> dict[int, int]:
-    """By the orders of `states`, oldest first: how much of its prompt each could use in this step. Those that want log
-    probabilities share `SCORED_TOKENS`."""
-    wanted, left = {}, SCORED_TOKENS
+def _cut(states: Sequence[RequestState], wanted: dict[int, int], tokens: int) -> None:
+    """Let `states` want no more than `tokens` together, the oldest first."""
     for state in states:
-        wanted[state.order] = min(state.remaining, left) if state.scoring else state.remaining
-        left -= wanted[state.order] if state.scoring else 0
-    return wanted
+        wanted[state.order] = min(wanted[state.order], tokens)
+        tokens -= wanted[state.order]
+
+
+def _read(states: Sequence[RequestState], wanted: dict[int, int], budget: int) -> list[Chunk]:
+    """One tenant's part of a step's prompts: the shortest rest first, so that a short prompt need not wait for a long
+    one; but half is the oldest's, so that none waits for ever. `states` are its requests, oldest first."""
+    oldest, *others = states
+    left = budget - min(wanted[oldest.order], (budget + 1) // 2)
+    chunks = []
+    for state in sorted(others, key=lambda state: (state.remaining, state.order)):
+        length = min(wanted[state.order], left)
+        left -= length
+        if length:
+            chunks.append(Chunk(state, state.computed, length))
+    spared = min(wanted[oldest.order], budget - sum(chunk.length for chunk in chunks))
+    return [Chunk(oldest, oldest.computed, spared), *chunks] if spared else chunks

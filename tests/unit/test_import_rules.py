@@ -42,6 +42,8 @@ RULES: dict[str, set[str]] = {
     "serving/tenancy/jwks.py": {"jwt", "httpx"},
     "serving/tenancy/tokens.py": CONTRACTS | {"serving.tenancy", "jwt"},
     "serving/tenancy/records.py": CONTRACTS,  # all that the API sees of it, with access.py
+    "serving/tenancy/windows.py": {"limits", "redis"},
+    "serving/tenancy/metering.py": CONTRACTS,  # all that the API sees of quotas and usage
     "serving/store": {"serving.store", "sqlalchemy", "alembic"},
     "serving/app.py": ANYTHING,
     "serving/listeners.py": CONTRACTS | {"uvicorn", "starlette"},

@@ -18,8 +18,8 @@ def test_the_engines_reports_are_counted() -> None:
     metrics.on_next_token(0.1)
     metrics.on_compose(0.001)
     metrics.on_step(StepReport(0.02, 3, 0, 0, 50, 2))
-    metrics.on_finished("stop", 2.0, 5, 3, 7)
-    metrics.on_finished("length", 2.0, 1, 0, 1)
+    metrics.on_finished("acme", "stop", 2.0, 5, 3, 7)
+    metrics.on_finished("acme", "length", 2.0, 1, 0, 1)
     assert value(metrics, "request_queue_time_seconds_sum") == 0.5
     assert value(metrics, "time_to_first_token_seconds_count") == 1
     assert value(metrics, "inter_token_latency_seconds_count") == 2
