@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Engine, Row, Select, select
+from sqlalchemy import Engine, Select, select
 
 from serving.adapters import queries
 from serving.adapters.changes import Change
@@ -65,6 +65,6 @@ class Registry:
                 connection.exec_driver_sql("LOCK TABLE adapters IN SHARE ROW EXCLUSIVE MODE")
             yield Change(connection, self._base, caller)
 
-    def _ask(self, statement: Select[Any]) -> Sequence[Row[Any]]:
+    def _ask(self, statement: Select[Any]) -> Sequence[Any]:
         with self._reader.begin() as connection:
             return connection.execute(statement).all()

@@ -157,6 +157,7 @@ def test_the_specification(server: Server) -> None:
         "/admin/tenants/{name}/keys",
         "/admin/tenants/{name}/keys/{id}",
         "/admin/audit",
+        "/admin/usage",
         "/health",
         "/health/live",
         "/health/ready",
