@@ -103,12 +103,13 @@ class Change:
 
     def end_default(self, tenant: str) -> None:
         """Let a tenant have no default."""
-        self._drop_default(tenant)
-        self._record("default.set", tenant, "")
+        if self._drop_default(tenant):
+            self._record("default.set", tenant, "")
 
-    def _drop_default(self, tenant: str) -> None:
+    def _drop_default(self, tenant: str) -> bool:
+        """Whether there was one."""
         theirs = and_(defaults.c.base == self._base, defaults.c.tenant == tenant)
-        self._connection.execute(delete(defaults).where(theirs))
+        return self._connection.execute(delete(defaults).where(theirs)).rowcount > 0
 
     def _end_defaults(self, adapter: Adapter, *conditions: ColumnElement[bool]) -> None:
         hit = and_(defaults.c.base == self._base, defaults.c.owner == adapter.owner, defaults.c.name == adapter.name)
