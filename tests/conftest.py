@@ -1,4 +1,4 @@
-"""What every test gets: no hub, the marker of the folder it stands in, and PostgreSQL where that is installed."""
+"""What every test gets: no hub, the marker of its folder, PostgreSQL and Redis where they are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import postgres
+from tests import postgres, redis
 from vblora import kernels
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports `transformers`; child processes inherit it
@@ -18,7 +18,8 @@ FOLDERS = ("unit", "integration", "e2e")
 
 
 POSTGRES = postgres.find_programs()
-without_postgres = pytest.StashKey[int]()
+NEEDED = {"postgres": ("PostgreSQL", POSTGRES, "postgresql-15"), "redis": ("Redis", redis.PROGRAM, "redis-server")}
+missed_tests = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -26,18 +27,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
-    if POSTGRES is None:
-        unable = [item for item in items if item.get_closest_marker("postgres")]
-        items[:] = [item for item in items if item not in unable]
-        config.hook.pytest_deselected(items=unable)
-        config.stash[without_postgres] = len(unable)
+    config.stash[missed_tests] = {mark: _leave_out(config, items, mark) for mark, need in NEEDED.items() if not need[1]}
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], mark: str) -> int:
+    """Deselect the tests that carry this mark; returns how many they are."""
+    unable = [item for item in items if item.get_closest_marker(mark)]
+    items[:] = [item for item in items if item not in unable]
+    config.hook.pytest_deselected(items=unable)
+    return len(unable)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    missed = config.stash.get(without_postgres, 0)
-    if missed:
-        terminalreporter.write_sep("=", "PostgreSQL is not installed", yellow=True)
-        terminalreporter.write_line(f"{missed} tests marked `postgres` did not run: apt-get install postgresql-15")
+    for mark, missed in config.stash.get(missed_tests, {}).items():
+        name, _, package = NEEDED[mark]
+        if missed:
+            terminalreporter.write_sep("=", f"{name} is not installed", yellow=True)
+            terminalreporter.write_line(f"{missed} tests marked `{mark}` did not run: apt-get install {package}")
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from serving.api.body import parse_body
 from serving.api.context import Caps
 from serving.api.openapi import body_model
 from serving.api.operations import OPERATIONS
-from serving.errors import InvalidApiKey, RateLimitExceeded
+from serving.errors import InvalidApiKey
 from serving.types import Caller
 from tests.integration.api.conftest import Server
 
