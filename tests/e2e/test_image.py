@@ -112,7 +112,8 @@ def test_with_a_read_only_data_folder(container: Container, tmp_path: Path) -> N
     finally:
         data.chmod(0o755)
     assert status == 1
-    assert "the registry under --data-dir cannot be used" in told
+    assert "the registry at sqlite:" in told
+    assert "registry.db cannot be used: unable to open database file" in told
 
 
 def test_the_health_check_fails_while_nothing_serves(container: Container) -> None:
