@@ -14,6 +14,7 @@ import codecs
 import re
 from collections.abc import Sequence
 from copy import copy
+from functools import lru_cache
 
 from tokenizers import Tokenizer
 
@@ -56,7 +57,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Take the next token; return the text that is now certain."""
-        if self.stopped or not self._is_visible(token):
+        if self.stopped or not _is_visible(self._tokenizer, token, self._skip):
             return ""
         self._window.append(token)
         characters = self._read_byte(token)
@@ -117,7 +118,7 @@ class Detokenizer:
         """So much of the prompt that more would not change the answer: some text, and no row of bytes cut in two."""
         size = CONTEXT_TOKENS
         while True:
-            end = [token for token in prompt[-size:] if self._is_visible(token)]
+            end = [token for token in prompt[-size:] if _is_visible(self._tokenizer, token, self._skip)]
             whole = len(end) >= CONTEXT_TOKENS and self._fallback_byte(end[0]) is None and self._decode(end)
             if whole or size >= len(prompt):
                 return end
@@ -126,15 +127,17 @@ class Detokenizer:
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip))
 
-    def _is_visible(self, token: int) -> bool:
-        """False for what decoding leaves out: skipped special tokens, and ids that the tokenizer does not know."""
-        if self._tokenizer.id_to_token(token) is None:
-            return False
-        return not self._skip or bool(self._decode([token]) or not self._tokenizer.decode([token], False))
-
     def _fallback_byte(self, token: int) -> int | None:
         match = _FALLBACK_BYTE.fullmatch(self._tokenizer.id_to_token(token) or "")
         return int(match[1], 16) if match else None
+
+
+@lru_cache(maxsize=65_536)
+def _is_visible(tokenizer: Tokenizer, token: int, skip_special: bool) -> bool:
+    """False for what decoding leaves out: skipped special tokens, and ids that the tokenizer does not know."""
+    if tokenizer.id_to_token(token) is None:
+        return False
+    return not skip_special or bool(tokenizer.decode([token]) or not tokenizer.decode([token], False))
 
 
 def _common(first: str, second: str) -> int:

@@ -5,12 +5,9 @@ What crosses between the threads are plain messages, handed over once a step and
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import queue
-import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +19,8 @@ from serving.engine.core import EngineCore
 from serving.engine.grammar import Grammars
 from serving.engine.model_runner import ModelRunner
 from serving.engine.observer import SilentObserver
-from serving.engine.streams import AsyncStream, Generation, Sink, collect, hand_over
+from serving.engine.open_requests import RETRY_AFTER_SECONDS, OpenRequests
+from serving.engine.streams import AsyncStream, Generation, Sink, collect
 from serving.engine.vocabulary import Vocabulary
 from serving.errors import (
     ContextLengthExceeded,
@@ -30,8 +28,6 @@ from serving.errors import (
     EngineUnavailable,
     InvalidValue,
     ModelNotFound,
-    Overloaded,
-    RateLimitExceeded,
     StartupError,
 )
 from serving.types import (
@@ -49,16 +45,7 @@ from vblora.integrations.base_models import DTYPES, BaseModel, cpu_computes, loa
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_SECONDS = 1
 ENGINE_DIED = "the engine stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class _Open:
-    """A request that has not ended, and where its events go."""
-
-    request: GenerationRequest
-    stream: AsyncStream | Sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +120,7 @@ class Engine:
             runner, tokenizer, ends, self.residency, self.grammars, settings, observer or SilentObserver()
         )
         self._inbox: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._open: dict[str, _Open] = {}
-        self._load: Counter[str] = Counter()
+        self._open = OpenRequests(settings, lambda: self._core.running_tenants)
         self._draining = False
         self._started = False
         self._ended = False
@@ -181,9 +166,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """The gauges as of now; what is on its way to the engine counts as waiting."""
         stats = self._core.stats()
-        with self._lock:
-            known = len(self._open)
-        stats.requests_waiting = max(stats.requests_waiting, known - stats.requests_running)
+        stats.requests_waiting = max(stats.requests_waiting, len(self._open) - stats.requests_running)
         return stats
 
     def drain(self) -> None:
@@ -193,8 +176,7 @@ class Engine:
     @property
     def drained(self) -> bool:
         """Whether no request is left."""
-        with self._lock:
-            return not self._open
+        return not len(self._open)
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop the thread, after its present step; requests still there end with an error."""
@@ -249,16 +231,19 @@ class Engine:
 
     def _enqueue(self, request: GenerationRequest, stream: AsyncStream | Sink) -> None:
         self._check_tokens(request)
-        with self._lock:
-            self._check_admission(request)
-            if request.revision is not None:
-                try:
-                    self.residency.pin(request.revision)
-                except KeyError:
-                    raise ModelNotFound("the adapter is not loaded") from None
-            self._open[request.request_id] = _Open(request, stream)
-            self._load[request.tenant] += 1
-            self._inbox.put(_Submit(request, time.monotonic()))
+        if self._draining:
+            raise Draining("the server is shutting down", retry_after=RETRY_AFTER_SECONDS)
+        self._open.add(request, stream, lambda: self._begin(request))
+
+    def _begin(self, request: GenerationRequest) -> None:
+        if not self.healthy:
+            raise EngineUnavailable("the engine is not running", retry_after=RETRY_AFTER_SECONDS)
+        if request.revision is not None:
+            try:
+                self.residency.pin(request.revision)
+            except KeyError:
+                raise ModelNotFound("the adapter is not loaded") from None
+        self._inbox.put(_Submit(request, time.monotonic()))
 
     def _check_tokens(self, request: GenerationRequest) -> None:
         """What would hold up or break the step of others never reaches it."""
@@ -274,35 +259,12 @@ class Engine:
         if not 0 <= min(prompt) <= max(prompt) < self.card.vocab_size:
             raise InvalidValue(f"token ids lie between 0 and {self.card.vocab_size - 1}", param="prompt")
 
-    def _check_admission(self, request: GenerationRequest) -> None:
-        """Bounds count what waits: a full batch is not a full queue."""
-        if self._draining:
-            raise Draining("the server is shutting down", retry_after=RETRY_AFTER_SECONDS)
-        if not self.healthy:
-            raise EngineUnavailable("the engine is not running", retry_after=RETRY_AFTER_SECONDS)
-        if request.request_id in self._open:
-            raise ValueError(f"request {request.request_id} is already running")
-        batch = self.settings.max_batch_size
-        if len(self._open) >= self.settings.max_queue + batch:
-            raise Overloaded("the server's queue is full", retry_after=RETRY_AFTER_SECONDS)
-        limit = self.settings.max_queue_per_tenant if request.max_queued is None else request.max_queued
-        if self._load[request.tenant] >= limit and self._waiting_of(request.tenant) >= limit:
-            raise RateLimitExceeded(
-                f"your queue of {limit} requests is full", reason="queued_requests", retry_after=RETRY_AFTER_SECONDS
-            )
-
-    def _waiting_of(self, tenant: str) -> int:
-        """Requests of a tenant beyond those that run and those that could run now."""
-        running = self._core.running_tenants
-        free = self.settings.max_batch_size - len(running)
-        return self._load[tenant] - running.count(tenant) - free
-
     def _loop(self) -> None:
         """The engine's thread: take messages, run a step, hand over its events."""
         try:
             while self._take_messages():
                 if self._core.has_work:
-                    self._deliver(self._core.step())
+                    self._open.deliver(self._core.step())
         except Exception:
             log.exception("the engine's thread failed")
         finally:
@@ -318,46 +280,20 @@ class Engine:
                 case _Submit(request, arrived):
                     self._core.add(request, arrived)
                 case _Abort(request_id):
-                    self._deliver(self._core.abort(request_id))
+                    self._open.deliver(self._core.abort(request_id))
                 case _Stop():
                     return False
             block = not self._core.has_work
         return True
 
-    def _deliver(self, events: Sequence[GenerationEvent]) -> None:
-        """Hand a step's events to their streams: one call for each event loop."""
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[AsyncStream, GenerationEvent]]] = defaultdict(list)
-        with self._lock:
-            targets = [(self._open[event.request_id].stream, event) for event in events]
-            for event in events:
-                if event.finish_reason is not None:
-                    self._forget(event.request_id)
-        for stream, event in targets:
-            if isinstance(stream, AsyncStream):
-                batches[stream.loop].append((stream, event))
-            else:
-                stream(event)
-        for loop, batch in batches.items():
-            try:
-                loop.call_soon_threadsafe(hand_over, batch)
-            except RuntimeError:  # the loop is closed: nobody waits for these events any more
-                log.debug("%d events for a closed event loop", len(batch))
-
-    def _forget(self, request_id: str) -> None:
-        tenant = self._open.pop(request_id).request.tenant
-        self._load[tenant] -= 1
-        if not self._load[tenant]:
-            del self._load[tenant]
-
     def _end_all(self) -> None:
         """The thread ends: so does every request, those it never took included."""
-        with self._lock:
-            self._ended = True
-            requests = [entry.request for entry in self._open.values()]
+        self._ended = True
+        requests = self._open.requests()
         for request in requests:
             if request.revision is not None:
                 self.residency.unpin(request.revision)
-        self._deliver([GenerationEvent(r.request_id, finish_reason="error", error=ENGINE_DIED) for r in requests])
+        self._open.deliver([GenerationEvent(r.request_id, finish_reason="error", error=ENGINE_DIED) for r in requests])
 
 
 def _end_of_text(base: BaseModel) -> frozenset[int]:

@@ -53,19 +53,20 @@ def tool_environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **extra}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo_base() -> BaseModel:
     """The demo's base model in float32, in this process."""
     return load_base_model("demo", dtype="float32")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     running = Server(free_port(), folder / "adapters")
     running.adapter_root.mkdir()
     command = [sys.executable, "-m", "serving.cli", "run", "demo", "--port", str(running.port), "--dtype", "float32"]
     command += ["--data-dir", str(folder / "data"), "--adapter-root", str(running.adapter_root)]
+    command += ["--kv-cache-memory", "512MiB"]
     log = (folder / "server.log").open("wb")
     process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     try:

@@ -22,6 +22,7 @@ from tests.support import save_random_adapter, save_tiny_model, tiny_model
 
 BASE = "tiny"
 ADAPTERS = 5
+CACHE_BYTES = 1 << 26  # the default would take much of the machine's memory, once for each server
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @contextmanager
 def running(files: Files, data_dir: Path, **settings: Any) -> Iterator[Server]:
     """A server in this process, stopped with the block."""
-    app = create_app(
-        ServerSettings(model=str(files.model), data_dir=data_dir, adapter_root=(files.root,), port=0, **settings)
-    )
+    given = {"data_dir": data_dir, "adapter_root": (files.root,), "port": 0, "kv_cache_memory": CACHE_BYTES} | settings
+    app = create_app(ServerSettings(model=str(files.model), **given))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -58,6 +58,7 @@ def serving(files: Files, folder: Path, *arguments: str) -> Iterator[Process]:
     log = folder / "log"
     with log.open("wb") as output:
         line = command("run", str(files.model), "--port", port, "--data-dir", str(folder / "data"), *shared, *arguments)
+        line += ["--kv-cache-memory", "64MiB"]
         process = subprocess.Popen(line, stdout=output, stderr=output, env=environment())
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}", log)

@@ -125,7 +125,7 @@ def _values(name: str, path: str, method: str) -> list[Any]:
 @pytest.fixture(scope="module")
 def target(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     adapters = tuple(f"a{number}={files.adapter(number)}" for number in range(4))
-    with running(files, tmp_path_factory.mktemp("data"), adapter=adapters, kv_cache_memory=1 << 26) as started:
+    with running(files, tmp_path_factory.mktemp("data"), adapter=adapters) as started:
         yield started
 
 
