@@ -213,15 +213,15 @@ def test_full_queues_refuse_and_the_tenant_s_own_comes_first() -> None:
     engine = tiny_engine(max_batch_size=1, max_queue=3, max_queue_per_tenant=1)
 
     async def fill() -> None:
-        for _ in range(2):
-            engine.submit(request(tenant="a"))
+        for _ in range(2):  # the first runs, or could: one of them waits
+            engine.submit(request(tenant="a", max_tokens=100))
         with pytest.raises(RateLimitExceeded) as limited:
             engine.submit(request(tenant="a"))
         assert limited.value.retry_after
-        for _ in range(2):
-            engine.submit(request(tenant="b"))
+        for tenant in "bc":
+            engine.submit(request(tenant=tenant))
         with pytest.raises(Overloaded):
-            engine.submit(request(tenant="c"))
+            engine.submit(request(tenant="d"))
 
     engine.start()
     asyncio.run(fill())
