@@ -21,8 +21,8 @@ class Scheduler:
 
     Waiting requests are admitted from the tenant that has been served least for its weight (`fairness.py`); within a
     tenant by priority and then first come first served, but for rows that wait for another row's prompt. A tenant that
-    has no row in a full batch takes one from a tenant that has more than its part of the rows. The room for prompts in
-    a step is shared by weight too. When the cache is full the newest running request of the tenant that has been served
+    has less than its part of a full batch's rows takes one from a tenant that has more. The room for prompts in a step
+    is shared by weight too. When the cache is full the newest running request of the tenant that has been served
     most is preempted, never the oldest of all, so that one always progresses: the cache must hold one request of full
     length. A request does not compute what its tenant and revision have left in the cache.
     """
@@ -54,6 +54,7 @@ class Scheduler:
         tenant = state.request.tenant
         self.service.weigh(tenant, state.request.weight)
         if tenant not in self._waiting:
+            state.alone = not state.preemptions
             self.service.join(tenant, self._waiting, {state.request.tenant for state in self.running})
             self._waiting[tenant] = []
         insort(self._waiting[tenant], state, key=_turn)
@@ -123,11 +124,23 @@ class Scheduler:
         return True
 
     def _admit(self) -> None:
-        """Take waiting requests while rows, slots and blocks for their whole text so far are there."""
-        while state := self._next():
-            while not self._take(state):
-                if not self._give_way(state.request.tenant):
-                    return
+        """Take waiting requests while rows, slots and blocks for their whole text so far are there.
+
+        Whoever has a queue waits for its turn, which is what the bound of `ServiceCounters` is about. Who sends one
+        request after another need not wait until others have been served as much, below its part of the rows.
+        """
+        while (state := self._next()) is not None and self._enter(state):
+            pass
+        for state in [queue[0] for queue in self._waiting.values()]:
+            if state.alone and not state.blocked and self._is_below_part(state.request.tenant):
+                self._enter(state)
+
+    def _enter(self, state: RequestState) -> bool:
+        """Let a waiting request run, on another's row if need be."""
+        while not self._take(state):
+            if not self._give_way(state.request.tenant):
+                return False
+        return True
 
     def _next(self) -> RequestState | None:
         """The request whose turn it is: the least served tenant's first that waits for no other row."""
@@ -142,6 +155,14 @@ class Scheduler:
 
     def _rows(self) -> Counter[str]:
         return Counter(state.request.tenant for state in self.running)
+
+    def _part(self, tenant: str) -> float:
+        """A tenant's part of the rows by weight, among those that run or wait; nobody's is less than one."""
+        busy = {*self._rows(), *self._waiting}
+        return max(1.0, self.service.due(tenant, busy, self.max_batch_size))
+
+    def _is_below_part(self, tenant: str) -> bool:
+        return self._rows()[tenant] + 1 <= self._part(tenant)
 
     def _take(self, state: RequestState) -> bool:
         """Let a waiting request run, if there is room; charge its prompt, the first time."""
@@ -162,12 +183,12 @@ class Scheduler:
 
     def _give_way(self, tenant: str) -> bool:
         """Preempt the newest row of the tenant that has been served most, among those with more than their part of the
-        rows, for a `tenant` that has none. False when there is no such row."""
-        rows = self._rows()
-        busy = {*rows, *self._waiting}
-        parts = {other: max(1.0, self.service.due(other, busy, self.max_batch_size)) for other in rows}
-        over = [other for other, count in rows.items() if count > parts[other]]
-        if rows[tenant] or not over:
+        rows, for a `tenant` that has room in its own. False when there is no such row.
+
+        What the row had computed is mostly still in the prefix cache when it comes back.
+        """
+        over = [other for other, count in self._rows().items() if count > self._part(other)]
+        if not over or not self._is_below_part(tenant):
             return False
         most = max(over, key=lambda other: self.service[other])
         newest = max((state for state in self.running if state.request.tenant == most), key=lambda state: state.order)

@@ -130,7 +130,38 @@ def test_a_tenant_without_a_row_takes_the_newest_of_one_with_too_many() -> None:
     assert [entry.preemptions for entry in flood] == [0] * (ROWS - 1) + [1]
     for _ in range(20):
         trace.step()
-    assert trace.subject.preemptions == 1, "a tenant that has a row takes no second one"
+    assert trace.subject.preemptions == 1
+
+
+def test_a_tenant_takes_rows_up_to_its_part_and_waits_for_more() -> None:
+    trace = Trace(scheduler())
+    for _ in range(ROWS):
+        trace.subject.add(state("flood", 5, answer=1000))
+    trace.step()
+    late = [state("late", 5, answer=1000) for _ in range(ROWS)]
+    for entry in late:
+        trace.subject.add(entry)
+    for _ in range(100):
+        trace.step()
+    assert Counter(running.request.tenant for running in trace.subject.running) == {"flood": 4, "late": 4}
+    assert trace.subject.preemptions == 4, "those that stay are not disturbed again"
+
+
+def test_below_its_part_a_tenant_without_a_queue_need_not_be_the_least_served() -> None:
+    trace = Trace(scheduler())
+    for _ in range(2 * ROWS):
+        trace.subject.add(state("flood", 2, answer=1000))
+    trace.step()
+    trace.subject.add(state("late", 200, answer=1000))
+    trace.step()
+    assert trace.subject.service["late"] > trace.subject.service["flood"] + 100
+    trace.subject.add(second := state("late", 2, answer=1000))
+    trace.step()
+    assert second in trace.subject.running
+    for entry in (queued := [state("late", 2) for _ in range(2)]):
+        trace.subject.add(entry)
+    trace.step()
+    assert [entry in trace.subject.running for entry in queued] == [True, False], "who has a queue takes turns"
 
 
 def test_a_row_taken_at_a_step_has_no_stale_part_in_it() -> None:
