@@ -244,7 +244,9 @@ async def _sweep_hourly(catalog: Catalog) -> None:
 
 def _adapter_gauges(catalog: Catalog, engine: Engine) -> AdapterGauges:
     stats = engine.residency.stats()
-    return AdapterGauges(len(catalog), stats.adapters, stats.bytes, stats.banks, stats.bank_bytes)
+    return AdapterGauges(
+        len(catalog), stats.adapters, stats.bytes, stats.banks, stats.bank_bytes, evictions=stats.evictions
+    )
 
 
 def _hosts(settings: ServerSettings, tenancy: Tenancy) -> frozenset[str] | None:

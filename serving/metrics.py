@@ -26,13 +26,14 @@ _COMPOSE = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05)
 
 @dataclass(frozen=True, slots=True)
 class AdapterGauges:
-    """Adapters at this moment. `resident_bytes` are metadata without banks."""
+    """Adapters at this moment, and how many had to leave memory. `resident_bytes` are metadata without banks."""
 
     registered: int
     resident: int
     resident_bytes: int
     banks: int
     bank_bytes: int
+    evictions: int
 
 
 class Metrics:
@@ -170,6 +171,12 @@ class _Gauges(Collector):
             ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits),
         ):
             yield CounterMetricFamily(PREFIX + name, text, value)
+        evictions = CounterMetricFamily(
+            PREFIX + "adapter_evictions", "Adapters that made room for others, by what they left.", labels=["tier"]
+        )
+        evictions.add_metric(["resident"], adapters.evictions)
+        evictions.add_metric(["slot"], stats.slot_evictions)
+        yield evictions
 
 
 def _ratio(stats: EngineStats) -> float:

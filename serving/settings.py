@@ -110,6 +110,11 @@ class ServerSettings(BaseSettings):
     adapter_slots: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Slots for composed adapters, the empty one included; by default max-batch-size + 1."
     )
+    adapter_memory: ByteSize = Field(
+        ByteSize(2**30),
+        description="Memory for the adapters and banks that are kept between requests, such as 1GiB. What running "
+        "requests use stays whatever it takes, so any value works; with 0 each request reads its adapter anew.",
+    )
     adapter_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of composed adapters in their slots; `auto` takes the base model's."
     )
@@ -223,6 +228,7 @@ class ServerSettings(BaseSettings):
             kv_cache_bytes=self.kv_cache_memory,
             max_rank=self.max_rank,
             adapter_slots=self.adapter_slots,
+            adapter_memory_bytes=self.adapter_memory,
             adapter_dtype=self.adapter_dtype,
             quantization=self.quantization,
         )

@@ -328,6 +328,7 @@ class EngineStats:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    slot_evictions: int = 0
 
 
 class GenerationStream(Protocol):
@@ -393,8 +394,8 @@ class EngineSettings:
 
     `model` is a hub id, a folder, a `.gguf` file or ``demo``; `dtype` is ``auto``, ``float32``, ``bfloat16`` or
     ``float16``; `adapter_dtype` is that of the composed A and B, ``auto`` the base model's; `adapter_slots` counts slot
-    0 and defaults to `max_batch_size` + 1, so that a request never waits for a slot. `quantization` is None or
-    ``int8``.
+    0 and defaults to `max_batch_size` + 1, so that a request never waits for a slot. `adapter_memory_bytes` bounds what
+    adapters that no request uses take in memory. `quantization` is None or ``int8``.
     """
 
     model: str
@@ -411,5 +412,6 @@ class EngineSettings:
     kv_cache_bytes: int | None = None
     max_rank: int = 16
     adapter_slots: int | None = None
+    adapter_memory_bytes: int | None = None
     adapter_dtype: str = "auto"
     quantization: str | None = None

@@ -86,6 +86,7 @@ class Site:
     data: Path
     roots: tuple[Path, ...] = ()
     keep_revisions: int = 10
+    memory_bytes: int | None = None
     url: str = ""  # of the database; by default a file in `data`
     database: Database = field(init=False)
     residency: Residency = field(init=False)
@@ -98,7 +99,7 @@ class Site:
     def restart(self) -> Catalog:
         self.close()
         self.database = open_database(self.url or sqlite_url(self.data / "registry.db"))
-        self.residency = Residency()
+        self.residency = Residency(self.memory_bytes)
         self.storage = LocalStorage(self.data / "adapters")
         self.catalog = Catalog(
             Registry(self.database, BASE),

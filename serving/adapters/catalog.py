@@ -100,15 +100,14 @@ class Catalog:
                 if revision == missed:
                     if loaded is None:
                         raise InternalError("The stored files of this adapter are missing.")
-                    self._residency.put(revision.content_hash, loaded)
-                    pin = self._hold(adapter, revision)
+                    pin = self._hold(adapter, revision, loaded)
             if pin is not None:
                 return pin
 
-    def _hold(self, adapter: Adapter, revision: Revision) -> RevisionPin | None:
-        """A pin on the revision, None if it is not resident."""
+    def _hold(self, adapter: Adapter, revision: Revision, loaded: CompactAdapter | None = None) -> RevisionPin | None:
+        """A pin on the revision, None if it is not resident, nor `loaded` for that."""
         try:
-            pin = RevisionPin(adapter.name, revision, self._residency)
+            pin = RevisionPin(adapter.name, revision, self._residency, loaded)
         except KeyError:
             return None
         self._sightings.add(adapter.owner, revision.content_hash)

@@ -9,14 +9,20 @@ from threading import Lock
 
 from serving.adapters.records import Revision
 from serving.adapters.residency import Residency
+from vblora.compact import CompactAdapter
 
 
 class RevisionPin:
     """`serving.types.Pin` on a resident revision, from its making until `release`."""
 
-    def __init__(self, name: str, revision: Revision, residency: Residency) -> None:
-        """Raises `KeyError` if the revision is not resident."""
-        residency.pin(revision.content_hash)
+    def __init__(
+        self, name: str, revision: Revision, residency: Residency, loaded: CompactAdapter | None = None
+    ) -> None:
+        """Makes the revision resident where it is `loaded`; else raises `KeyError` if it is not."""
+        if loaded is None:
+            residency.pin(revision.content_hash)
+        else:
+            residency.put(revision.content_hash, loaded, pinned=True)
         self._name = name
         self._revision = revision
         self._residency = residency

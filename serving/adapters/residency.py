@@ -5,6 +5,7 @@ It does not know names, tenants, files or slots: its only key is the content has
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
 
@@ -15,12 +16,16 @@ from vblora.compact import CompactAdapter
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStats:
-    """Gauges for the metrics. `bytes` counts top-k metadata without banks; `bank_bytes` counts every bank once."""
+    """Gauges for the metrics. `bytes` counts top-k metadata without banks; `bank_bytes` counts every bank once.
+
+    `evictions` counts those that had to make room, not those that nobody names any more.
+    """
 
     adapters: int
     bytes: int
     banks: int
     bank_bytes: int
+    evictions: int = 0
 
 
 @dataclass(slots=True)
@@ -39,28 +44,40 @@ class _SharedBank:
 class Residency:
     """Compact adapters by content hash. Every method is thread-safe and returns without waiting for anything slow.
 
-    A pinned adapter stays until its last `unpin`. `retire` says that nobody will ask for a content again: it goes at
-    once if unpinned, else with the last `unpin`; putting the same content again before that keeps it. A bank goes
-    with the last adapter that uses it.
+    Metadata and banks take at most `max_bytes` together; None bounds nothing. What was not pinned for the longest time
+    goes first. What is pinned stays whatever it takes: then the bound is exceeded, and met again as pins end.
+
+    `retire` says that nobody will ask for a content again: it goes at once if unpinned, else with the last `unpin`;
+    putting the same content again before that keeps it. A bank goes with the last adapter that uses it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self._max_bytes = max_bytes
         self._lock = Lock()
         self._residents: dict[str, _Resident] = {}
         self._banks: dict[str, _SharedBank] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()  # unpinned, the one used last at the end
+        self._bytes = 0
+        self._bank_bytes = 0
+        self._evictions = 0
 
     def __contains__(self, content_hash: str) -> bool:
         with self._lock:
             return content_hash in self._residents
 
-    def put(self, content_hash: str, adapter: CompactAdapter) -> None:
-        """Make `adapter` resident, unpinned. Where the content already is, the copy in memory stays."""
+    def put(self, content_hash: str, adapter: CompactAdapter, *, pinned: bool = False) -> None:
+        """Make `adapter` resident, with one more pin where `pinned`, else only if there is room or others may go for
+        it. Where the content already is, the copy in memory stays."""
         with self._lock:
             resident = self._residents.get(content_hash)
             if resident is None:
-                self._residents[content_hash] = _Resident(self._share_bank(adapter))
-            else:
-                resident.retired = False
+                resident = self._enter(content_hash, adapter)
+            resident.retired = False
+            if pinned:
+                self._pin(content_hash, resident)
+            elif not resident.pins:
+                self._idle.move_to_end(content_hash)
+            self._make_room()
 
     def get(self, content_hash: str) -> CompactAdapter:
         """The resident adapter; `KeyError` if it is not in memory."""
@@ -70,7 +87,7 @@ class Residency:
     def pin(self, content_hash: str) -> None:
         """Keep the adapter in memory until as many calls of `unpin`; `KeyError` if it is not in memory."""
         with self._lock:
-            self._residents[content_hash].pins += 1
+            self._pin(content_hash, self._residents[content_hash])
 
     def unpin(self, content_hash: str) -> None:
         """Undo one `pin`. `KeyError` if the adapter is not in memory, `ValueError` if nothing pins it."""
@@ -79,7 +96,12 @@ class Residency:
             if resident.pins == 0:
                 raise ValueError(f"adapter {content_hash[:16]} is not pinned")
             resident.pins -= 1
-            self._drop_if_unused(content_hash, resident)
+            if resident.pins:
+                return
+            self._idle[content_hash] = None
+            if resident.retired:
+                self._leave(content_hash)
+            self._make_room()
 
     def pins(self, content_hash: str) -> int:
         """How many pins hold this content; 0 also for a content that is not in memory."""
@@ -91,31 +113,44 @@ class Residency:
         """Drop the adapter, now or after its last `unpin`; a content that is not in memory is ignored."""
         with self._lock:
             resident = self._residents.get(content_hash)
-            if resident is not None:
-                resident.retired = True
-                self._drop_if_unused(content_hash, resident)
+            if resident is None:
+                return
+            resident.retired = True
+            if not resident.pins:
+                self._leave(content_hash)
 
     def stats(self) -> ResidencyStats:
         with self._lock:
             return ResidencyStats(
-                adapters=len(self._residents),
-                bytes=sum(resident.adapter.nbytes for resident in self._residents.values()),
-                banks=len(self._banks),
-                bank_bytes=sum(bank.tensor.nbytes for bank in self._banks.values()),
+                len(self._residents), self._bytes, len(self._banks), self._bank_bytes, self._evictions
             )
 
-    def _share_bank(self, adapter: CompactAdapter) -> CompactAdapter:
+    def _enter(self, content_hash: str, adapter: CompactAdapter) -> _Resident:
         bank = self._banks.get(adapter.bank_hash)
         if bank is None:
             bank = self._banks[adapter.bank_hash] = _SharedBank(adapter.bank)
+            self._bank_bytes += bank.tensor.nbytes
         bank.users += 1
-        return adapter.with_bank(bank.tensor)
+        self._bytes += adapter.nbytes
+        self._idle[content_hash] = None
+        resident = self._residents[content_hash] = _Resident(adapter.with_bank(bank.tensor))
+        return resident
 
-    def _drop_if_unused(self, content_hash: str, resident: _Resident) -> None:
-        if resident.pins or not resident.retired:
-            return
-        del self._residents[content_hash]
-        bank = self._banks[resident.adapter.bank_hash]
+    def _pin(self, content_hash: str, resident: _Resident) -> None:
+        resident.pins += 1
+        self._idle.pop(content_hash, None)
+
+    def _make_room(self) -> None:
+        while self._max_bytes is not None and self._idle and self._bytes + self._bank_bytes > self._max_bytes:
+            self._leave(next(iter(self._idle)))
+            self._evictions += 1
+
+    def _leave(self, content_hash: str) -> None:
+        """Drop an adapter that nothing pins."""
+        del self._idle[content_hash]
+        adapter = self._residents.pop(content_hash).adapter
+        self._bytes -= adapter.nbytes
+        bank = self._banks[adapter.bank_hash]
         bank.users -= 1
         if bank.users == 0:
-            del self._banks[resident.adapter.bank_hash]
+            self._bank_bytes -= self._banks.pop(adapter.bank_hash).tensor.nbytes

@@ -26,6 +26,7 @@ class SlotPool:
         self._slot_of: dict[str, int] = {}
         self._users: dict[str, int] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()  # least recently used first
+        self.evictions = 0  # of revisions whose slot another one was given
 
     @property
     def used(self) -> int:
@@ -49,6 +50,7 @@ class SlotPool:
             return False
         oldest, _ = self._idle.popitem(last=False)
         self._slot_of[revision] = self._slot_of.pop(oldest)
+        self.evictions += 1
         return True
 
     def release(self, revision: str) -> None:

@@ -92,6 +92,7 @@ class EngineCore:
             preemptions=self.scheduler.preemptions,
             prefix_queries=self.scheduler.prefix_queries,
             prefix_hits=self.scheduler.prefix_hits,
+            slot_evictions=self.slots.evictions,
         )
 
     def add(self, request: GenerationRequest, arrived: float) -> None:

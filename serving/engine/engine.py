@@ -103,7 +103,7 @@ class Engine:
         self.settings = settings
         self.layout = runner.layout
         self.runner = runner
-        self.residency = residency or Residency()
+        self.residency = residency or Residency(settings.adapter_memory_bytes)
         ends = _end_of_text(base)
         vocab_size = base.model.get_input_embeddings().get_parameter("weight").shape[0]
         vocabulary = Vocabulary(base.tokenizer, vocab_size, ends)
@@ -222,6 +222,7 @@ class Engine:
     def load_adapter(self, source: str | Path | AdapterCheckpoint) -> str:
         """Make an adapter resident and return its content hash, a `GenerationRequest`'s `revision`.
 
+        Where `adapter_memory_bytes` bounds memory it may have to go again before a request uses it.
         Raises `vblora.CheckpointError` for a faulty file, `vblora.IncompatibleError` for one that does not fit.
         """
         checkpoint = source if isinstance(source, AdapterCheckpoint) else read_adapter(source)

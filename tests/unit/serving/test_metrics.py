@@ -44,9 +44,9 @@ def test_the_routes_reports_are_counted() -> None:
 
 
 def test_gauges_are_read_at_each_scrape_and_rest_when_nothing_runs() -> None:
-    stats = EngineStats(1, 2, 3, 4, 5, 6, 7, 15, 16)
+    stats = EngineStats(1, 2, 3, 4, 5, 6, 7, 15, 16, slot_evictions=17)
     metrics = Metrics(CollectorRegistry())
-    metrics.watch(lambda: stats, lambda: AdapterGauges(8, 9, 10, 11, 12))
+    metrics.watch(lambda: stats, lambda: AdapterGauges(8, 9, 10, 11, 12, evictions=18))
     metrics.on_step(StepReport(0.1, 10, 3, 60, 500, 14))
     expected = {
         "requests_running": 1,
@@ -66,6 +66,8 @@ def test_gauges_are_read_at_each_scrape_and_rest_when_nothing_runs() -> None:
         "batch_distinct_adapters": 14,
     }
     assert {name: value(metrics, name) for name in expected} == expected
+    assert value(metrics, "adapter_evictions_total", tier="slot") == 17
+    assert value(metrics, "adapter_evictions_total", tier="resident") == 18
     stats.requests_running = stats.kv_blocks_total = 0
     at_rest = ("requests_running", "batch_rows", "batch_distinct_adapters", "kv_cache_usage_ratio")
     assert {value(metrics, name) for name in at_rest} == {0}

@@ -51,6 +51,8 @@ def test_sizes_have_units(tmp_path: Path) -> None:
     settings = load(config, kv_cache_memory="2GiB")
     assert settings.to_engine_settings().kv_cache_bytes == 2 * 2**30
     assert settings.max_body_bytes == 1024
+    assert load(adapter_memory="0").to_engine_settings().adapter_memory_bytes == 0
+    assert load(adapter_memory="3MiB").to_engine_settings().adapter_memory_bytes == 3 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from threading import Event
+from threading import Barrier, Event
 
 import pytest
 
+from serving.adapters.pin import RevisionPin
 from serving.errors import ModelNotFound
 from tests.adapters import ANN, OPERATOR, Site, adapter_files
 
@@ -134,6 +135,54 @@ def test_a_slow_read_stalls_neither_requests_nor_changes(site: Site, monkeypatch
         go.set()
         waiting.result(10).release()
     assert_consistent(site)
+
+
+def test_what_many_miss_is_read_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.memory_bytes = 0
+    catalog = site.restart()
+    catalog.add(ANN, "x", *adapter_files(1))
+    reads, all_wait, get = [], Barrier(8), site.storage.get
+
+    def counted(content_hash: str) -> tuple[bytes, bytes]:
+        reads.append(content_hash)
+        time.sleep(0.05)  # as long as a storage takes
+        return get(content_hash)
+
+    def pin() -> RevisionPin:
+        all_wait.wait(10)
+        return catalog.pin("ann", "x")
+
+    monkeypatch.setattr(site.storage, "get", counted)
+    with ThreadPoolExecutor(8) as pool:
+        pins = [future.result() for future in [pool.submit(pin) for _ in range(8)]]
+    assert len(reads) == 1
+    assert site.residency.pins(pins[0].content_hash) == 8
+    for held in pins:
+        held.release()
+    assert site.residency.stats().adapters == 0
+    catalog.pin("ann", "x").release()
+    assert len(reads) == 2
+
+
+def test_more_pins_than_memory_all_hold(site: Site) -> None:
+    """Each reads what the others drove out, while those are read: nobody's goes between its reading and its pin."""
+    site.memory_bytes = 1
+    catalog = site.restart()
+    for number in SEEDS:
+        catalog.add(ANN, f"x{number}", *adapter_files(number))
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(40):
+            pin = catalog.pin("ann", f"x{chance.choice(SEEDS)}")
+            assert site.residency.get(pin.content_hash).rank == 2
+            pin.release()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    stats = site.residency.stats()
+    assert (stats.adapters, stats.bytes, stats.banks) == (0, 0, 0)
+    assert stats.evictions > 40
 
 
 def test_what_is_deleted_while_it_is_read_is_not_found(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

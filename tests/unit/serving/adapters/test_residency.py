@@ -126,3 +126,101 @@ def test_counts_are_right_after_many_threads() -> None:
         assert residency.pins(key) == 0
         residency.retire(key)
     assert residency.stats() == ResidencyStats(0, 0, 0, 0)
+
+
+METADATA, BANK = compact().nbytes, 16 * 8 * 4
+
+
+def resident(residency: Residency) -> set[str]:
+    return {key for key in "abcdef" if key in residency}
+
+
+def fill(residency: Residency, keys: str) -> None:
+    for number, key in enumerate(keys):
+        residency.put(key, compact(number))
+
+
+def test_what_was_used_longest_ago_makes_room() -> None:
+    residency = Residency(BANK + 3 * METADATA)
+    fill(residency, "abc")
+    residency.pin("a")
+    residency.unpin("a")
+    residency.put("b", compact(1))
+    fill(residency, "d")
+    assert resident(residency) == {"a", "b", "d"}
+    fill(residency, "e")
+    assert resident(residency) == {"b", "d", "e"}
+    assert residency.stats() == ResidencyStats(3, 3 * METADATA, 1, BANK, evictions=2)
+
+
+def test_what_is_pinned_exceeds_the_bound_until_pins_end() -> None:
+    residency = Residency(BANK + METADATA)
+    for number, key in enumerate("abc"):
+        residency.put(key, compact(number), pinned=True)
+    fill(residency, "d")
+    assert resident(residency) == {"a", "b", "c"}
+    assert residency.stats().evictions == 1
+    residency.unpin("b")
+    assert resident(residency) == {"a", "c"}
+    residency.unpin("a")
+    residency.unpin("c")
+    assert resident(residency) == {"c"}
+    assert residency.stats() == ResidencyStats(1, METADATA, 1, BANK, evictions=3)
+
+
+def test_banks_count_and_go_with_what_used_them() -> None:
+    residency = Residency(2 * BANK + 2 * METADATA)
+    residency.put("a", compact(1, bank_seed=1))
+    residency.put("b", compact(2, bank_seed=2))
+    residency.put("c", compact(3, bank_seed=3))
+    assert resident(residency) == {"b", "c"}
+    assert residency.stats() == ResidencyStats(2, 2 * METADATA, 2, 2 * BANK, evictions=1)
+
+
+def test_a_bound_of_nothing_keeps_what_is_pinned_only() -> None:
+    residency = Residency(0)
+    fill(residency, "a")
+    assert resident(residency) == set()
+    residency.put("a", compact(), pinned=True)
+    residency.pin("a")
+    residency.unpin("a")
+    assert resident(residency) == {"a"}
+    residency.unpin("a")
+    assert residency.stats() == ResidencyStats(0, 0, 0, 0, evictions=2)
+
+
+def test_what_is_retired_is_not_counted_as_evicted() -> None:
+    residency = Residency(BANK + METADATA)
+    fill(residency, "a")
+    residency.retire("a")
+    residency.put("b", compact(), pinned=True)
+    residency.retire("b")
+    residency.unpin("b")
+    assert residency.stats() == ResidencyStats(0, 0, 0, 0)
+
+
+def test_the_bound_holds_after_many_threads() -> None:
+    bound = BANK + 2 * METADATA
+    residency = Residency(bound)
+    adapters = {key: compact(number) for number, key in enumerate("abcdef")}
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(300):
+            key = chance.choice("abcdef")
+            residency.put(key, adapters[key], pinned=chance.random() < 0.5)
+            try:
+                residency.pin(key)
+            except KeyError:
+                continue
+            assert residency.get(key).bank_hash == adapters[key].bank_hash
+            residency.unpin(key)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    for key in adapters:
+        while residency.pins(key):
+            residency.unpin(key)
+    stats = residency.stats()
+    assert 0 < stats.bytes + stats.bank_bytes <= bound
+    assert stats.bytes == stats.adapters * METADATA

@@ -22,8 +22,10 @@ def test_an_idle_slot_keeps_its_revision_until_another_needs_it() -> None:
     pool.release("a")
     assert pool.acquire("a") == Slot(1, fresh=False)
     pool.release("a")
+    assert pool.evictions == 0
     assert pool.acquire("b") == Slot(1, fresh=True)
     assert pool.acquire("a") is None
+    assert pool.evictions == 1
 
 
 def test_the_least_recently_used_slot_goes_first() -> None:
