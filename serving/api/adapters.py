@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, TypeVar
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response, status
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.datastructures import UploadFile
@@ -22,7 +21,7 @@ from serving.api.replies import AdapterEntry, AdapterList, DefaultReply, UploadR
 from serving.api.resolve import AdapterRef
 from serving.api.schemas import ActivateBody, LoadAdapterBody, SetAdapterBody, UnloadAdapterBody
 from serving.errors import InvalidValue, ModelNotFound
-from serving.types import MAX_PAGE
+from serving.types import MAX_PAGE, Caller
 
 router = APIRouter(tags=["adapters"])
 T = TypeVar("T")
@@ -33,14 +32,14 @@ async def list_adapters(
     context: Context, caller: CallerOf, limit: Limit = MAX_PAGE, after: After = None
 ) -> AdapterList:
     """The caller's adapters and the shared ones, by name."""
-    found = await to_thread.run_sync(context.catalog.list, caller.tenant, limit + 1, after)
+    found = await context.threads.run(caller.tenant, context.catalog.list, caller.tenant, limit + 1, after)
     return AdapterList.of([AdapterEntry.of(info) for info in found], limit)
 
 
 @router.get("/v1/adapters/{name}")
 async def get_adapter(name: str, context: Context, caller: CallerOf) -> AdapterEntry:
     """One adapter with its revisions."""
-    return AdapterEntry.of(await to_thread.run_sync(context.catalog.get, caller.tenant, name))
+    return AdapterEntry.of(await context.threads.run(caller.tenant, context.catalog.get, caller.tenant, name))
 
 
 @router.post(
@@ -53,10 +52,9 @@ async def get_adapter(name: str, context: Context, caller: CallerOf) -> AdapterE
 async def upload_adapter(request: Request, context: Context, caller: CallerOf) -> Response:
     """Validate, store and activate an adapter."""
     name, config, weights = await _read_upload(request, context.caps.upload_bytes)
-    await to_thread.run_sync(_check_quota, context, caller.tenant, name, len(config) + len(weights))
-    info, revision, is_new = await _timed(
-        context, "upload", partial(context.catalog.add, caller, name, config, weights)
-    )
+    await context.threads.run(caller.tenant, _check_quota, context, caller.tenant, name, len(config) + len(weights))
+    add = partial(context.catalog.add, caller, name, config, weights)
+    info, revision, is_new = await _timed(context, caller, "upload", add)
     reply = UploadReply(
         name=info.name,
         revision=revision.revision,
@@ -72,19 +70,21 @@ async def activate_adapter(
     name: str, body: Annotated[ActivateBody, Depends(json_body(ActivateBody))], context: Context, caller: CallerOf
 ) -> AdapterEntry:
     """Choose the revision that the bare name means."""
-    return AdapterEntry.of(await to_thread.run_sync(context.catalog.activate, caller, name, body.revision))
+    return AdapterEntry.of(
+        await context.threads.run(caller.tenant, context.catalog.activate, caller, name, body.revision)
+    )
 
 
 @router.delete("/v1/adapters/{name}", status_code=status.HTTP_204_NO_CONTENT)
 async def delete_adapter(name: str, context: Context, caller: CallerOf) -> None:
     """Remove an adapter; requests that run on it finish."""
-    await to_thread.run_sync(context.catalog.delete, caller, name)
+    await context.threads.run(caller.tenant, context.catalog.delete, caller, name)
 
 
 @router.delete("/v1/adapters/{name}/revisions/{revision}", status_code=status.HTTP_204_NO_CONTENT)
 async def delete_revision(name: str, revision: str, context: Context, caller: CallerOf) -> None:
     """Remove one revision that is not the active one; requests that run on it finish."""
-    await to_thread.run_sync(context.catalog.delete_revision, caller, name, revision)
+    await context.threads.run(caller.tenant, context.catalog.delete_revision, caller, name, revision)
 
 
 @router.post("/v1/set_adapter", openapi_extra=request_body(SetAdapterBody))
@@ -102,7 +102,7 @@ async def set_adapter(
         active = context.catalog.get(caller.tenant, ref.name).active_revision
         return DefaultReply(adapter=ref.name, revision=ref.revision or active)
 
-    return await to_thread.run_sync(change)
+    return await context.threads.run(caller.tenant, change)
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse, openapi_extra=request_body(LoadAdapterBody))
@@ -112,7 +112,7 @@ async def load_lora_adapter(
     """Register a shared adapter from a folder of the server."""
     replace = bool(body.load_inplace)
     add = partial(context.catalog.add_from_path, body.lora_name, body.lora_path, replace=replace, caller=caller)
-    await _timed(context, "path", add)
+    await _timed(context, caller, "path", add)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
@@ -121,7 +121,7 @@ async def unload_lora_adapter(
     body: Annotated[UnloadAdapterBody, Depends(json_body(UnloadAdapterBody))], context: Context, caller: CallerOf
 ) -> str:
     """Remove a shared adapter."""
-    await to_thread.run_sync(partial(context.catalog.delete_shared, body.lora_name, caller=caller))
+    await context.threads.run(caller.tenant, partial(context.catalog.delete_shared, body.lora_name, caller=caller))
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
@@ -158,8 +158,8 @@ async def _content(part: UploadFile | str) -> bytes:
     return part.encode("utf-8", "surrogatepass") if isinstance(part, str) else await part.read()
 
 
-async def _timed(context: ApiContext, source: str, load: Callable[[], T]) -> T:
+async def _timed(context: ApiContext, caller: Caller, source: str, load: Callable[[], T]) -> T:
     started = time.perf_counter()
-    result = await to_thread.run_sync(load)
+    result = await context.threads.run(caller.tenant, load)
     context.observer.on_adapter_loaded(source, time.perf_counter() - started)
     return result

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from serving.api.lifecycle import Lifecycle
 from serving.api.replies import Usage
+from serving.api.threads import TenantThreads
 from serving.api.turns import Turns
 from serving.errors import ServingError
 from serving.tenancy.metering import Quotas, UsageLedger
@@ -78,6 +79,7 @@ class ApiContext:
     version: str
     caps: Caps = Caps()
     compiling: Turns = field(default_factory=Turns)  # of what answers must match
+    threads: TenantThreads = field(default_factory=TenantThreads)  # for what a caller's request waits for
     hosts: frozenset[str] | None = None
     keyed: bool = False
 

@@ -10,7 +10,6 @@ import base64
 import struct
 from typing import Annotated, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -57,7 +56,7 @@ async def create_embeddings(
     stack: UntilAnswered,
 ) -> Response:
     """The mean of each input's last hidden states, not scaled to unit length."""
-    prepared = await to_thread.run_sync(_prepare, context, caller, body)
+    prepared = await context.threads.run(caller.tenant, _prepare, context, caller, body)
     rows = await admit(context, caller, record, prepared, stack)
     vectors = await unless_disconnected(request, _collect(rows, record))
     data = [Embedding(index=index, embedding=_encoded(body, vector)) for index, vector in enumerate(vectors)]

@@ -10,7 +10,6 @@ import time
 from contextlib import ExitStack
 from typing import Annotated, Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
@@ -44,7 +43,7 @@ async def create_completion(
 ) -> Response:
     """Continue one or more prompts; each prompt is a choice of its own."""
     await compile_structures(context, caller, body)
-    prepared = await to_thread.run_sync(prepare_completion, context, caller, body)
+    prepared = await context.threads.run(caller.tenant, prepare_completion, context, caller, body)
     rows = await admit(context, caller, record, prepared, stack)
     choices = completion_choices(prepared, context.codec, body)
     return await _answer(request, body, rows, CompletionFormat(*_head(body, record), choices), record)
@@ -61,7 +60,7 @@ async def create_chat_completion(
 ) -> Response:
     """Answer the last message of a chat."""
     await compile_structures(context, caller, body)
-    prepared = await to_thread.run_sync(prepare_chat, context, caller, body)
+    prepared = await context.threads.run(caller.tenant, prepare_chat, context, caller, body)
     rows = await admit(context, caller, record, prepared, stack)
     choices = chat_choices(prepared, context.codec, body)
     return await _answer(request, body, rows, ChatFormat(*_head(body, record), choices), record)
@@ -79,7 +78,7 @@ async def admit(
     allowance = context.quotas.allowance(caller.tenant)
     stack.callback(_settle, context, caller, record, allowance)
     try:
-        await to_thread.run_sync(allowance.take, prepared.most_tokens, prepared.limit_param)
+        await context.threads.run(caller.tenant, allowance.take, prepared.most_tokens, prepared.limit_param)
     finally:
         record.headers.update(allowance.headers)
     rows = stack.enter_context(Rows(context.engine))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends
 
 from serving.api.body import json_body
@@ -26,7 +25,7 @@ async def list_models(context: Context, caller: CallerOf, limit: Limit = MAX_PAG
     """The base model, and the adapters that the caller may use, by name."""
     card = context.card
     beyond_base = None if after == card.base_id else after
-    found = await to_thread.run_sync(context.catalog.list, caller.tenant, limit + 1, beyond_base)
+    found = await context.threads.run(caller.tenant, context.catalog.list, caller.tenant, limit + 1, beyond_base)
     entries = [ModelEntry.of_adapter(card, info, info.name, info.active_revision) for info in found]
     return ModelList.of(entries if after is not None else [ModelEntry.of_base(card), *entries], limit)
 
@@ -34,7 +33,7 @@ async def list_models(context: Context, caller: CallerOf, limit: Limit = MAX_PAG
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, context: Context, caller: CallerOf) -> ModelEntry:
     """One of them, under any name that the `model` field of a request takes."""
-    return await to_thread.run_sync(_entry, context, caller, model)
+    return await context.threads.run(caller.tenant, _entry, context, caller, model)
 
 
 @router.post("/tokenize", openapi_extra=request_body(TokenizeBody))
@@ -42,7 +41,7 @@ async def tokenize(
     body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))], context: Context, caller: CallerOf
 ) -> TokenizeReply:
     """The tokens of a text, or of a chat up to where the answer begins."""
-    tokens = await to_thread.run_sync(_tokens, context, caller, body)
+    tokens = await context.threads.run(caller.tenant, _tokens, context, caller, body)
     texts = [token_text(context.codec.token_bytes(token)) for token in tokens] if body.return_token_strs else None
     return TokenizeReply(count=len(tokens), max_model_len=context.card.max_model_len, tokens=tokens, token_strs=texts)
 
@@ -52,7 +51,7 @@ async def detokenize(
     body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))], context: Context, caller: CallerOf
 ) -> DetokenizeReply:
     """The text of tokens, special ones included."""
-    return DetokenizeReply(prompt=await to_thread.run_sync(_text, context, caller, body))
+    return DetokenizeReply(prompt=await context.threads.run(caller.tenant, _text, context, caller, body))
 
 
 def _entry(context: ApiContext, caller: Caller, model: str) -> ModelEntry:

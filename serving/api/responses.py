@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
@@ -43,7 +42,7 @@ async def create_response(
 ) -> Response:
     """Answer a text or the last message of a chat. Nothing is stored."""
     await compile_structures(context, caller, body)
-    prepared = await to_thread.run_sync(_prepare, context, caller, body)
+    prepared = await context.threads.run(caller.tenant, _prepare, context, caller, body)
     rows = await admit(context, caller, record, prepared, stack)
     answer = Answer(body, record)
     headers = {ADAPTER_HEADER: record.adapter or ""}
