@@ -1,20 +1,18 @@
-"""`vblora-serve`: start the server, and manage its adapters through its HTTP API. Knows settings, not how they work.
+"""`vblora-serve`: start the server. Knows settings, not how they work.
 
-The commands that manage tenants are in `serving/tenant_cli.py`.
+The commands that manage adapters and tenants are in `serving/adapter_cli.py` and `serving/tenant_cli.py`.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
-from urllib.parse import quote
 
-import httpx
 import typer
 from pydantic.fields import FieldInfo
 
+from serving.adapter_cli import adapter_app
 from serving.errors import StartupError
 from serving.logs import configure_logs
 from serving.settings import (
@@ -29,7 +27,6 @@ from serving.settings import (
 from serving.tenant_cli import tenant_app
 
 FAILED, WRONG_USAGE = 1, 2
-Url = Annotated[str, typer.Option("--url", envvar="VBLORA_URL", help="Address of the server.")]
 
 app = typer.Typer(
     name="vblora-serve",
@@ -38,7 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-adapter_app = typer.Typer(help="Manage the adapters of a running server.", no_args_is_help=True)
 app.add_typer(adapter_app, name="adapter")
 app.add_typer(tenant_app, name="tenant")
 
@@ -80,61 +76,6 @@ def demo(
     from serving.demo.run import run_demo
 
     raise typer.Exit(run_demo(once=once, port=port))
-
-
-@adapter_app.command("push")
-def push_adapter(name: str, directory: Path, url: Url = "http://127.0.0.1:8000") -> None:
-    """Upload the adapter in DIRECTORY under NAME and make it active."""
-    try:
-        config = (directory / "adapter_config.json").read_bytes()
-        weights = (directory / "adapter_model.safetensors").read_bytes()
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}", FAILED)
-    reply = _call("POST", url, "/v1/adapters", data={"name": name}, files={"config": config, "weights": weights}).json()
-    typer.echo(f"{reply['name']}@{reply['revision']}  {reply['bytes']} bytes")
-
-
-@adapter_app.command("list")
-def list_adapters(url: Url = "http://127.0.0.1:8000") -> None:
-    """One line an adapter: name@revision, bytes, revisions."""
-    for entry in _call("GET", url, "/v1/adapters").json()["data"]:
-        marks = [mark for mark in ("shared", "is_default", "resident") if entry[mark]]
-        typer.echo(
-            f"{entry['name']}@{entry['active_revision']}  {entry['bytes']} bytes  "
-            f"{len(entry['revisions'])} revisions  {' '.join(marks)}".rstrip()
-        )
-
-
-@adapter_app.command("activate")
-def activate_adapter(name: str, revision: str, url: Url = "http://127.0.0.1:8000") -> None:
-    """Make NAME mean REVISION."""
-    reply = _call("POST", url, f"/v1/adapters/{quote(name, safe='')}/activate", json={"revision": revision}).json()
-    typer.echo(f"{reply['name']}@{reply['active_revision']}")
-
-
-@adapter_app.command("delete")
-def delete_adapter(name: str, url: Url = "http://127.0.0.1:8000") -> None:
-    """Remove NAME; requests that run on it finish."""
-    _call("DELETE", url, f"/v1/adapters/{quote(name, safe='')}")
-
-
-def _call(method: str, url: str, path: str, **arguments: Any) -> httpx.Response:
-    key = os.environ.get("VBLORA_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        reply = httpx.request(method, url.rstrip("/") + path, headers=headers, timeout=60, **arguments)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        _fail(f"{url}: {error}", FAILED)
-    if reply.is_error:
-        _fail(_error_message(reply), FAILED)
-    return reply
-
-
-def _error_message(reply: httpx.Response) -> str:
-    try:
-        return str(reply.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered {reply.status_code}"
 
 
 def _fail(message: str, status: int) -> NoReturn:

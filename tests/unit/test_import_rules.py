@@ -48,6 +48,7 @@ RULES: dict[str, set[str]] = {
     "serving/app.py": ANYTHING,
     "serving/listeners.py": CONTRACTS | {"uvicorn", "starlette"},
     "serving/cli.py": ANYTHING,
+    "serving/adapter_cli.py": {"serving.settings", "httpx", "typer"},
     "serving/tenant_cli.py": CONTRACTS | {"serving.settings", "serving.store", "serving.tenancy", "typer"},
     "serving/demo": ANYTHING,
 }

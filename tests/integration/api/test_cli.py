@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from serving.cli import app
 from tests.integration.api.conftest import Files, Server
+from tests.integration.api.keyed import Keyed, keyed
+
+
+@pytest.fixture(scope="module")
+def guarded(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
+    with keyed(files, tmp_path_factory.mktemp("keyed")) as started:
+        yield started
 
 
 def invoke(*arguments: str) -> tuple[int, str, str]:
@@ -48,3 +57,40 @@ def test_failures_are_one_line(tmp_path: Path) -> None:
     assert "http://127.0.0.1:1" in error
     status, _, error = invoke("list", "--url", "nonsense")
     assert (status, error.count("\n")) == (1, 1)
+
+
+def test_the_key_is_taken_from_the_environment(guarded: Keyed, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = ("--url", guarded.server.url)
+    monkeypatch.delenv("VBLORA_API_KEY", raising=False)
+    assert invoke("list", *url) == (1, "", "vblora-serve: The API key is missing, wrong or disabled.\n")
+    monkeypatch.setenv("VBLORA_API_KEY", "schlüssel ✗")
+    assert invoke("list", *url)[0] == 1
+    monkeypatch.setenv("VBLORA_API_KEY", guarded.keys["acme"])
+    assert invoke("push", "mine", str(files.adapter(2)), *url)[0] == 0
+    assert invoke("list", *url)[1].startswith("mine@")
+    monkeypatch.setenv("VBLORA_API_KEY", guarded.keys["ops"])
+    assert invoke("list", *url) == (0, "", "")
+    assert invoke("delete", "mine", *url) == (1, "", "vblora-serve: The model 'mine' does not exist.\n")
+
+
+def test_a_list_of_several_pages_is_whole(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.adapter_cli.PAGE", 1)
+    status, output, _ = invoke("list", "--url", server.url)
+    assert [line.partition("@")[0] for line in output.splitlines()] == ["a0", "a1"]
+    assert status == 0
+
+
+def test_what_an_adapter_lacks_is_told_in_the_servers_words(server: Server, files: Files, tmp_path: Path) -> None:
+    config = (files.adapter(0) / "adapter_config.json").read_bytes()
+    (tmp_path / "adapter_config.json").write_bytes(config)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"short")
+    status, output, error = invoke("push", "mine", str(tmp_path), "--url", server.url)
+    assert (status, output, error.count("\n")) == (1, "", 1)
+    assert "empty or truncated" in error and str(tmp_path) not in error
+    status, _, error = invoke("activate", "a0", "0" * 16, "--url", server.url)
+    assert (status, error) == (1, f"vblora-serve: The model 'a0@{'0' * 16}' does not exist.\n")
+
+
+def test_an_answer_that_is_no_success_is_a_failure(server: Server) -> None:
+    status, output, error = invoke("list", "--url", f"{server.url}/nowhere")
+    assert (status, output, error.count("\n")) == (1, "", 1)
