@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.adapters.catalog import Catalog
 from serving.adapters.registry import Registry
 from serving.adapters.storage import LocalStorage
+from serving.adapters.watched import WatchedFolder
 from serving.api.application import build_admin_application, build_application
 from serving.api.context import ApiContext, Caps
 from serving.api.lifecycle import Lifecycle
@@ -39,10 +40,10 @@ from serving.tenancy.service import Tenancy, keyed_tenancy, open_tenancy
 from serving.tenancy.tenants import TenantRegistry
 from serving.tenancy.usage import SqlUsageLedger
 from serving.tenancy.windows import Windows, WindowsError
+from serving.upkeep import sweep_hourly, watch
 
 DEMO_MODEL = "demo"
 CLOSE_SECONDS = 5.0
-SWEEP_SECONDS = 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -68,6 +69,7 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         engine = engine or Engine.from_settings(settings.to_engine_settings(), observer=metrics)
         undo.callback(engine.close, CLOSE_SECONDS)
         catalog = _open_catalog(settings, engine, database)
+        watched = _open_watched(settings, catalog)
         quotas = TenantQuotas(tenancy.directory, settings.to_tenant_limits(), windows)
         context = _context(settings, engine, catalog, metrics, tenancy, quotas, usage)
         opened = undo.pop_all()
@@ -76,7 +78,10 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, opened.close)
-            stack.callback(asyncio.create_task(_sweep_hourly(catalog)).cancel)
+            stack.callback(asyncio.create_task(sweep_hourly(catalog)).cancel)
+            if watched is not None:
+                stack.callback(asyncio.create_task(watch(watched)).cancel)
+                stack.callback(watched.close)
             if admin_listener is not None:
                 admin_context = replace(context, hosts=LOOPBACK_HOSTS if is_loopback(settings.admin_host) else None)
                 _log.info("metrics and health on port %d", admin_listener.getsockname()[1])
@@ -232,14 +237,12 @@ def _register(catalog: Catalog, name: str, path: Path) -> None:
         raise StartupError(f"adapter {name} from {path}: {error.message}") from error
 
 
-async def _sweep_hourly(catalog: Catalog) -> None:
-    """From the second hour on: at its start the catalog has swept already."""
-    while True:
-        await asyncio.sleep(SWEEP_SECONDS)
-        try:
-            await asyncio.to_thread(catalog.sweep)
-        except (OSError, SQLAlchemyError) as error:
-            _log.warning("what interrupted changes left cannot be swept now: %s", error)
+def _open_watched(settings: ServerSettings, catalog: Catalog) -> WatchedFolder | None:
+    if settings.adapters_dir is None:
+        return None
+    if not settings.adapters_dir.is_dir():
+        raise StartupError(f"--adapters-dir {settings.adapters_dir} is not a folder")
+    return WatchedFolder(settings.adapters_dir, catalog.declared)
 
 
 def _adapter_gauges(catalog: Catalog, engine: Engine) -> AdapterGauges:

@@ -130,6 +130,10 @@ class ServerSettings(BaseSettings):
     )
     adapter: Texts = Field((), description="Shared adapter to register at start, as NAME=PATH. Repeatable.")
     adapter_root: Paths = Field((), description="Folder below which load_lora_adapter may read. Repeatable.")
+    adapters_dir: Path | None = Field(
+        None,
+        description="Folder that is watched: each folder in it with an adapter's two files is a shared adapter.",
+    )
     keep_revisions: Positive = Field(10, description="Revisions kept of an adapter, beside active and pinned ones.")
     drain_timeout: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="Seconds that running requests get to finish after SIGTERM."

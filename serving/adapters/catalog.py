@@ -11,6 +11,7 @@ from pathlib import Path
 
 from serving.adapters.changes import Change
 from serving.adapters.content import Compact, ContentLoader, check_content, read_folder, resolve_folder
+from serving.adapters.declarations import COMMAND_LINE, Declarations
 from serving.adapters.pin import RevisionPin
 from serving.adapters.records import SHARED, Adapter, Default, Revision
 from serving.adapters.registry import Registry
@@ -24,7 +25,6 @@ from vblora.compact import CompactAdapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _GRAMMAR = "1 to 64 letters, digits, '.', '_' or '-', the first one a letter or a digit"
-COMMAND_LINE = Caller("command line", frozenset({"operator"}))  # no tenant's name has a space
 
 Found = tuple[Adapter, Revision]
 
@@ -64,6 +64,7 @@ class Catalog:
         self._reserved = frozenset(reserved) | {"base"}
         self._writer = Writer(registry, storage, residency, keep_revisions)
         self._writer.sweep()
+        self.declared = Declarations(registry, self._writer, compact, self._check_name)
 
     def __len__(self) -> int:
         """How many adapters are registered, over all tenants."""
@@ -179,21 +180,9 @@ class Catalog:
             added = self._writer.install(change, SHARED, name, content)
         return self._added(*added)
 
-    def register(self, name: str, directory: Path, *, caller: Caller = COMMAND_LINE) -> AdapterInfo:
-        """Declare a shared adapter at start, from any folder the operator names.
-
-        A declaration that changed since the last start is made active; the same one again changes nothing, so that
-        what was activated or uploaded under this name in the meantime survives a restart.
-        """
-        self._check_name(name, "name")
-        content = check_content(*read_folder(directory), self._compact, uploaded=False)
-        known = self._registry.find(SHARED, name)
-        if known is not None and known.declared == content.content_hash:
-            return self._info(known)
-        with self._writer.adding(caller, content) as change:
-            adapter, _, _ = self._writer.install(change, SHARED, name, content)
-            change.declare(adapter, content.content_hash)
-        return self._info(adapter)
+    def register(self, name: str, directory: Path) -> AdapterInfo:
+        """Declare a shared adapter at start, as the command line does: see `Declarations.register`."""
+        return self._info(self.declared.register(name, directory))
 
     def activate(self, caller: Caller, name: str, revision: str) -> AdapterInfo:
         with self._writer.changing(caller) as change:

@@ -69,9 +69,9 @@ class Change:
         self._update(adapter, active=revision.content_hash)
         self._record("adapter.activate", adapter.owner, f"{adapter.name}@{revision.revision}")
 
-    def declare(self, adapter: Adapter, content_hash: str) -> None:
-        """Remember what the command line gave; not a change of its own."""
-        self._update(adapter, declared=content_hash)
+    def declare(self, adapter: Adapter, content_hash: str, *, watched: bool) -> None:
+        """Remember what the command line or the watched folder gave; not a change of its own."""
+        self._update(adapter, declared=content_hash, watched=watched)
 
     def remove(self, adapter: Adapter) -> None:
         """Remove an adapter with its revisions; defaults that name it become deleted."""
@@ -123,7 +123,7 @@ class Change:
         row = {"content_hash": revision.content_hash, "bank_hash": revision.bank_hash, "bytes": revision.bytes}
         self._connection.execute(insert(revisions).values(adapter=identity, created=revision.created, **row))
 
-    def _update(self, adapter: Adapter, **values: str) -> None:
+    def _update(self, adapter: Adapter, **values: str | bool) -> None:
         self._connection.execute(update(adapters).where(adapters.c.id == adapter.id).values(values))
 
     def _record(self, action: str, tenant: str, subject: str) -> None:

@@ -65,6 +65,13 @@ def default(base: str, tenant: str) -> Select[Any]:
     )
 
 
+def watched(base: str) -> Select[Any]:
+    """The names of the adapters that came from the watched folder."""
+    return select(adapters.c.name).where(
+        adapters.c.base == base, adapters.c.owner == SHARED, adapters.c.watched == true()
+    )
+
+
 def count(base: str) -> Select[Any]:
     """How many adapters there are, over all owners."""
     return select(func.count()).select_from(adapters).where(adapters.c.base == base)
@@ -127,7 +134,7 @@ def _adapters(tenant: str) -> Select[Any]:
 
 def _columns(is_default: ColumnElement[bool]) -> list[ColumnElement[Any]]:
     return [
-        *(adapters.c[name] for name in ("id", "owner", "name", "created", "active", "declared")),
+        *(adapters.c[name] for name in ("id", "owner", "name", "created", "active", "declared", "watched")),
         *(revisions.c[name] for name in ("content_hash", "bank_hash", "bytes")),
         revisions.c.created.label("revision_created"),
         is_default.label("is_default"),
@@ -143,6 +150,7 @@ def _adapter(rows: list[Row[Any]]) -> Adapter:
         created=first.created,
         active=first.active,
         declared=first.declared,
+        watched=bool(first.watched),
         is_default=bool(first.is_default),
         revisions=tuple(Revision(row.content_hash, row.bank_hash, row.bytes, row.revision_created) for row in rows),
     )

@@ -37,8 +37,8 @@ class Revision:
 class Adapter:
     """A name and its revisions, the oldest first. `active` and `declared` are content hashes.
 
-    `declared` is the content that the operator's command line gave last, None where it gave none; `is_default` is of
-    the tenant that asked.
+    `declared` is the content that the operator's command line or watched folder gave last, None where neither gave
+    any; `watched` says that it was the folder. `is_default` is of the tenant that asked.
     """
 
     id: int
@@ -47,6 +47,7 @@ class Adapter:
     created: int
     active: str
     declared: str | None
+    watched: bool
     is_default: bool
     revisions: tuple[Revision, ...]
 

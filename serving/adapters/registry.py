@@ -51,6 +51,10 @@ class Registry:
         """Those of `contents` that some revision names, of whatever base."""
         return {row[0] for row in self._ask(queries.named(contents))}
 
+    def watched(self) -> set[str]:
+        """The names of the shared adapters that came from the watched folder."""
+        return {row[0] for row in self._ask(queries.watched(self._base))}
+
     @property
     def empty(self) -> bool:
         """Whether there is no adapter of any base."""

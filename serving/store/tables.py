@@ -19,6 +19,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 SHARED = ""
@@ -63,7 +64,8 @@ keys = Table(
     Index(None, "tenant"),
 )
 
-# Of a base model: its adapters fit no other.
+# Of a base model: its adapters fit no other. `declared` is the content that the operator's command line or watched
+# folder gave last; `watched` ones go when their folder does.
 adapters = Table(
     "adapters",
     metadata,
@@ -74,6 +76,7 @@ adapters = Table(
     Column("created", BigInteger, nullable=False),
     Column("active", HASH, nullable=False),
     Column("declared", HASH),
+    Column("watched", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("base", "owner", "name"),
 )
 

@@ -380,13 +380,16 @@ def test_a_forgotten_tenant_leaves_nothing_of_its_own(site: Site) -> None:
 
 def test_the_oldest_that_nobody_needs_are_too_many() -> None:
     first, second, third = (Revision(digit * 64, "0" * 64, 10, created) for created, digit in enumerate("abc"))
-    full = Adapter(1, "ann", "x", 0, third.content_hash, None, False, (first, second, third))
+    full = Adapter(1, "ann", "x", 0, third.content_hash, None, False, False, (first, second, third))
     assert full.surplus(2, ()) == [first]
     assert full.surplus(1, ()) == [first, second]
     assert full.surplus(3, ()) == full.surplus(9, ()) == []
     assert full.surplus(2, {first.content_hash}) == [second]
     assert full.surplus(1, {first.content_hash, second.content_hash}) == []
-    assert Adapter(1, "ann", "x", 0, first.content_hash, None, False, full.revisions).surplus(1, ()) == [second, third]
+    assert Adapter(1, "ann", "x", 0, first.content_hash, None, False, False, full.revisions).surplus(1, ()) == [
+        second,
+        third,
+    ]
 
 
 # --- many -------------------------------------------------------------------------------------------------------
