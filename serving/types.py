@@ -5,7 +5,7 @@ Imports nothing but the standard library, so that every folder may import it; it
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -250,6 +250,10 @@ class Pin(Protocol):
     def release(self) -> None: ...
 
 
+HoldingsCheck = Callable[[int, int], None]
+"""Raises if a tenant may not have so many adapters, whose revisions take so many bytes."""
+
+
 class AdapterCatalog(Protocol):
     """Names → revisions, for each tenant. Calls ask a database and may read files: run them off the event loop.
 
@@ -269,13 +273,18 @@ class AdapterCatalog(Protocol):
         for what cannot be a name."""
 
     def get(self, tenant: str, name: str) -> AdapterInfo: ...
-    def holdings(self, tenant: str) -> tuple[int, int]:
-        """How many adapters are the tenant's own, and the bytes of all their revisions, shared with others or not."""
-
     def add(
-        self, caller: Caller, name: str, config: bytes, weights: bytes, *, shared: bool = False
+        self,
+        caller: Caller,
+        name: str,
+        config: bytes,
+        weights: bytes,
+        *,
+        shared: bool = False,
+        within: HoldingsCheck | None = None,
     ) -> tuple[AdapterInfo, RevisionInfo, bool]:
-        """Validate, store, make active. The flag says whether this content is new under this name."""
+        """Validate, store, make active. The flag says whether this content is new under this name; where it is,
+        `within` is asked before it counts, and nothing has changed if it raises."""
 
     def add_from_path(
         self, name: str, path: str, *, replace: bool = False, caller: Caller = ...

@@ -20,7 +20,7 @@ from serving.adapters.sightings import Sightings
 from serving.adapters.storage import RevisionStorage
 from serving.adapters.writer import Writer
 from serving.errors import InternalError, InvalidValue, ModelNotFound, PermissionDenied
-from serving.types import MAX_PAGE, AdapterInfo, Caller, DefaultAdapter, RevisionInfo
+from serving.types import MAX_PAGE, AdapterInfo, Caller, DefaultAdapter, HoldingsCheck, RevisionInfo
 from vblora.compact import CompactAdapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -132,10 +132,6 @@ class Catalog:
     def get(self, tenant: str, name: str) -> AdapterInfo:
         return self._info(self._find(tenant, name))
 
-    def holdings(self, tenant: str) -> tuple[int, int]:
-        """How many adapters are the tenant's own, and the bytes of all their revisions, shared with others or not."""
-        return self._registry.holdings(tenant)
-
     def _info(self, adapter: Adapter) -> AdapterInfo:
         return AdapterInfo(
             name=adapter.name,
@@ -153,15 +149,26 @@ class Catalog:
     # --- changes ------------------------------------------------------------------------------------------------
 
     def add(
-        self, caller: Caller, name: str, config: bytes, weights: bytes, *, shared: bool = False
+        self,
+        caller: Caller,
+        name: str,
+        config: bytes,
+        weights: bytes,
+        *,
+        shared: bool = False,
+        within: HoldingsCheck | None = None,
     ) -> tuple[AdapterInfo, RevisionInfo, bool]:
-        """Validate, store, make active; `shared` is for operators. True for a content that is new under this name."""
+        """Validate, store, make active; `shared` is for operators. True for a content that is new under this name,
+        unless its owner's holdings would then not be `within` their bounds."""
         if shared and "operator" not in caller.roles:
             raise PermissionDenied("Only an operator may add a shared adapter.")
         self._check_name(name, "name")
         content = check_content(config, weights, self._compact, uploaded=True)
         with self._writer.adding(caller, content) as change:
-            added = self._writer.install(change, SHARED if shared else caller.tenant, name, content)
+            owner = SHARED if shared else caller.tenant
+            added = self._writer.install(change, owner, name, content)
+            if within is not None and added[2]:
+                within(*change.holdings(owner))
         return self._added(*added)
 
     def add_from_path(

@@ -38,6 +38,11 @@ class Change:
         """All adapters of one owner, by name."""
         return queries.to_adapters(self._connection.execute(queries.owned(self._base, owner)))
 
+    def holdings(self, owner: str) -> tuple[int, int]:
+        """How many adapters an owner has, and the bytes of all their revisions, whoever else has the same content."""
+        row = self._connection.execute(queries.holdings(self._base, owner)).one()
+        return int(row[0]), int(row[1])
+
     def again(self, adapter: Adapter, tenant: str) -> Adapter:
         """The adapter as it is after what was written, and as `tenant` sees it."""
         return self._read(adapter.id, tenant)

@@ -38,11 +38,6 @@ class Registry:
         """The first `limit` adapters whose names come `after`, of those that a tenant may use."""
         return queries.to_adapters(self._ask(queries.page(self._base, tenant, limit, after)))
 
-    def holdings(self, owner: str) -> tuple[int, int]:
-        """How many adapters an owner has, and the bytes of all their revisions."""
-        row = self._ask(queries.holdings(self._base, owner))[0]
-        return int(row[0]), int(row[1])
-
     def default(self, tenant: str) -> Default | None:
         """What the tenant set as its default."""
         return queries.to_default(self._ask(queries.default(self._base, tenant)))

@@ -20,7 +20,7 @@ from serving.api.openapi import UPLOAD_BODY, request_body
 from serving.api.replies import AdapterEntry, AdapterList, DefaultReply, UploadReply
 from serving.api.resolve import AdapterRef
 from serving.api.schemas import ActivateBody, LoadAdapterBody, SetAdapterBody, UnloadAdapterBody
-from serving.errors import InvalidValue, ModelNotFound
+from serving.errors import InvalidValue
 from serving.types import MAX_PAGE, Caller
 
 router = APIRouter(tags=["adapters"])
@@ -52,8 +52,8 @@ async def get_adapter(name: str, context: Context, caller: CallerOf) -> AdapterE
 async def upload_adapter(request: Request, context: Context, caller: CallerOf) -> Response:
     """Validate, store and activate an adapter."""
     name, config, weights = await _read_upload(request, context.caps.upload_bytes)
-    await context.threads.run(caller.tenant, _check_quota, context, caller.tenant, name, len(config) + len(weights))
-    add = partial(context.catalog.add, caller, name, config, weights)
+    within = await context.threads.run(caller.tenant, context.quotas.adapter_quota, caller.tenant)
+    add = partial(context.catalog.add, caller, name, config, weights, within=within)
     info, revision, is_new = await _timed(context, caller, "upload", add)
     reply = UploadReply(
         name=info.name,
@@ -135,23 +135,6 @@ async def _read_upload(request: Request, limit: int) -> tuple[str, bytes, bytes]
         if part not in parts:
             raise InvalidValue(f"{part}: this part is missing", param=part)
     return parts["name"].decode("utf-8", "replace"), parts["config"], parts["weights"]
-
-
-def _check_quota(context: ApiContext, tenant: str, name: str, size: int) -> None:
-    """Every revision counts in full, whoever else has the same content; the tenant's own adapters alone count."""
-    limits = context.quotas.limits(tenant)
-    if limits.adapters is None and limits.adapter_bytes is None:
-        return
-    count, held = context.catalog.holdings(tenant)
-    context.quotas.check_adapter_quota(tenant, count + _is_new(context, tenant, name), held + size)
-
-
-def _is_new(context: ApiContext, tenant: str, name: str) -> bool:
-    """Whether the tenant has no adapter of its own of this name."""
-    try:
-        return context.catalog.get(tenant, name).shared
-    except ModelNotFound:
-        return True
 
 
 async def _content(part: UploadFile | str) -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Protocol
 
-from serving.types import TenantLimits
+from serving.types import HoldingsCheck, TenantLimits
 
 
 class Allowance(Protocol):
@@ -41,8 +41,9 @@ class Quotas(Protocol):
     def allowance(self, tenant: str) -> Allowance:
         """For one request, nothing taken yet."""
 
-    def check_adapter_quota(self, tenant: str, count: int, size: int) -> None:
-        """Raise `RateLimitExceeded` if `tenant` may not have `count` adapters of `size` bytes together."""
+    def adapter_quota(self, tenant: str) -> HoldingsCheck:
+        """What raises `RateLimitExceeded` for more adapters, or bytes of them, than `tenant` may have now. May wait:
+        off the event loop; what is returned asks nobody."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import fields, replace
+from functools import partial
 from threading import Lock
 from typing import Any
 
 from serving.errors import InvalidValue, RateLimitExceeded
 from serving.tenancy.windows import Charge, Windows
-from serving.types import TenantDirectory, TenantLimits
+from serving.types import HoldingsCheck, TenantDirectory, TenantLimits
 
 FULL_SECONDS = 60  # before an upload over a quota may be tried again: something has to be deleted first
 BUSY_SECONDS = 1
@@ -45,17 +46,9 @@ class TenantQuotas:
         """What one request will use; nothing yet."""
         return TenantAllowance(self, tenant, self._windows)
 
-    def check_adapter_quota(self, tenant: str, count: int, size: int) -> None:
-        """Raise `RateLimitExceeded` if `tenant` may not have `count` adapters of `size` bytes together."""
-        limits = self.limits(tenant)
-        if limits.adapters is not None and count > limits.adapters:
-            raise _refusal(f"your quota is {limits.adapters} adapters: delete one first", "adapters", FULL_SECONDS)
-        if limits.adapter_bytes is not None and size > limits.adapter_bytes:
-            raise _refusal(
-                f"your adapters would take {size} bytes, your quota is {limits.adapter_bytes}: delete some first",
-                "adapter_bytes",
-                FULL_SECONDS,
-            )
+    def adapter_quota(self, tenant: str) -> HoldingsCheck:
+        """What raises `RateLimitExceeded` for more adapters, or bytes of them, than `tenant` may have now."""
+        return partial(_check_holdings, self.limits(tenant))
 
     def enter(self, tenant: str, limit: int | None) -> bool:
         """Count one more request at work, if no more than `limit` are."""
@@ -145,6 +138,17 @@ class TenantAllowance:
 
     def _window(self, kind: str) -> str:
         return f"{kind}/{self._tenant}"
+
+
+def _check_holdings(limits: TenantLimits, count: int, size: int) -> None:
+    if limits.adapters is not None and count > limits.adapters:
+        raise _refusal(f"your quota is {limits.adapters} adapters: delete one first", "adapters", FULL_SECONDS)
+    if limits.adapter_bytes is not None and size > limits.adapter_bytes:
+        raise _refusal(
+            f"your adapters would take {size} bytes, your quota is {limits.adapter_bytes}: delete some first",
+            "adapter_bytes",
+            FULL_SECONDS,
+        )
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,15 @@ def test_adapters_have_a_quota_which_shared_ones_do_not_use(files: Files, tmp_pa
         assert server.client.post("/v1/adapters", **files.upload("mine", 2)).status_code == 201
         refused = server.client.post("/v1/adapters", **files.upload("twin", 2))
         assert error(refused) == (429, "rate_limit_exceeded", None), "the same content is paid for twice"
+
+
+def test_of_uploads_at_a_time_no_more_are_taken_than_fit(files: Files, tmp_path: Path) -> None:
+    """Fails where the quota is checked before the registry's transaction."""
+    with running(files, tmp_path, max_adapters=1) as server, ThreadPoolExecutor(5) as pool:
+        names = [f"x{number}" for number in range(5)]
+        replies = list(pool.map(lambda name: server.client.post("/v1/adapters", **files.upload(name, 2)), names))
+        assert sorted(reply.status_code for reply in replies) == [201, 429, 429, 429, 429]
+        assert len(server.client.get("/v1/adapters").json()["data"]) == 1
 
 
 @pytest.mark.redis

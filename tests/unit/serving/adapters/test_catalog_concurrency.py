@@ -10,7 +10,7 @@ from threading import Barrier, Event
 import pytest
 
 from serving.adapters.pin import RevisionPin
-from serving.errors import ModelNotFound
+from serving.errors import ModelNotFound, RateLimitExceeded
 from tests.adapters import ANN, OPERATOR, Site, adapter_files
 
 SEEDS = range(5)
@@ -215,3 +215,51 @@ def test_what_is_replaced_while_it_is_read_gives_the_new_content(site: Site, mon
     pin = catalog.pin("ann", "x")
     assert pin.revision == catalog.get("ann", "x").active_revision
     assert site.residency.stats().adapters == 1
+
+
+def test_uploads_at_a_time_never_hold_more_than_a_bound(site: Site) -> None:
+    """Two servers on one registry. Fails where holdings are counted before the transaction that adds to them."""
+    other = Site(site.data, url=site.url)
+    start = Barrier(6)
+
+    def within(count: int, _: int) -> None:
+        if count > 2:
+            raise RateLimitExceeded("two adapters", reason="adapters", retry_after=1)
+
+    def upload(number: int) -> bool:
+        catalog = (site, other)[number % 2].catalog
+        start.wait()
+        try:
+            catalog.add(ANN, f"x{number}", *adapter_files(number), within=within)
+        except RateLimitExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(upload, range(6))) == 2
+    other.close()
+    assert len(site.catalog.list("ann")) == len(site.storage.sizes()) == 2
+
+
+def test_only_what_is_new_is_counted_and_a_refusal_leaves_nothing(site: Site) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def within(count: int, size: int) -> None:
+        asked.append((count, size))
+        if count > 1:
+            raise RateLimitExceeded("one adapter", reason="adapters", retry_after=1)
+
+    one, two = (sum(map(len, adapter_files(number))) for number in (1, 2))
+    for number in (1, 1, 2):  # the second is the first again
+        site.catalog.add(ANN, "x", *adapter_files(number), within=within)
+    assert asked == [(1, one), (1, one + two)]
+    before = site.tables()
+    with pytest.raises(RateLimitExceeded):
+        site.catalog.add(ANN, "y", *adapter_files(3), within=within)
+    assert site.tables() == before
+    assert_consistent(site)
+    with pytest.raises(RateLimitExceeded):
+        site.catalog.add(ANN, "y", *adapter_files(1), within=within)  # content that the tenant has already
+    assert asked[-1] == (2, 2 * one + two)
+    site.catalog.pin("ann", "x").release()
+    assert_consistent(site)

@@ -155,12 +155,12 @@ def test_requests_at_a_time_never_leak_whatever_the_threads_do() -> None:
 
 def test_adapters_and_their_bytes() -> None:
     subject = quotas(Directory({"large": TenantLimits(adapters=100)}), adapters=2, adapter_bytes=1000)
-    subject.check_adapter_quota("a", 2, 1000)
+    subject.adapter_quota("a")(2, 1000)
     for count, size, reason in ((3, 10, "adapters"), (1, 1001, "adapter_bytes")):
         with pytest.raises(RateLimitExceeded) as caught:
-            subject.check_adapter_quota("a", count, size)
+            subject.adapter_quota("a")(count, size)
         assert caught.value.reason == reason
-    subject.check_adapter_quota("large", 100, 1000)
+    subject.adapter_quota("large")(100, 1000)
 
 
 @pytest.mark.parametrize(
