@@ -63,7 +63,9 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         admin_listener = None
         if settings.admin_port is not None:
             admin_listener = undo.enter_context(bind(settings.admin_host, settings.admin_port))
-        metrics = Metrics(CollectorRegistry(), tenant_label=settings.metrics_tenant_label)
+        metrics = Metrics(
+            CollectorRegistry(), tenant_label=settings.metrics_tenant_label, vllm=settings.metrics_compat == "vllm"
+        )
         windows = _open_windows(settings, metrics)
         undo.callback(windows.close)
         engine = engine or Engine.from_settings(settings.to_engine_settings(), observer=metrics)

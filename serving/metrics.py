@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from serving.types import EngineStats, FinishReason, StepReport
+from serving.vllm_metrics import VllmGauges
 
 PREFIX = "vblora_"
 REJECTIONS = frozenset({"rate_limit_exceeded", "overloaded", "draining", "engine_unavailable"})
@@ -39,9 +40,11 @@ class AdapterGauges:
 class Metrics:
     """Implements `serving.types.EngineObserver` and `serving.api.context.ApiObserver`. Thread-safe."""
 
-    def __init__(self, registry: CollectorRegistry, *, tenant_label: bool = False) -> None:
-        """With `tenant_label` the counters of requests and tokens tell tenants apart."""
+    def __init__(self, registry: CollectorRegistry, *, tenant_label: bool = False, vllm: bool = False) -> None:
+        """With `tenant_label` the counters of requests and tokens tell tenants apart; with `vllm` its gauges come
+        too."""
         self.registry = registry
+        self._vllm = vllm
         self._tenants: set[str] | None = set() if tenant_label else None
         tenant = ("tenant",) if tenant_label else ()
         ProcessCollector(registry=registry)
@@ -68,6 +71,8 @@ class Metrics:
     def watch(self, engine: Callable[[], EngineStats], adapters: Callable[[], AdapterGauges]) -> None:
         """Read these at each scrape from now on."""
         self.registry.register(_Gauges(self, engine, adapters))
+        if self._vllm:
+            self.registry.register(VllmGauges(engine))
 
     def on_admitted(self, waited_seconds: float) -> None:
         self._queue.observe(waited_seconds)

@@ -144,6 +144,9 @@ class ServerSettings(BaseSettings):
     metrics_tenant_label: bool = Field(
         False, description="Tell tenants apart in the metrics that count requests and tokens."
     )
+    metrics_compat: Literal["vllm"] | None = Field(
+        None, description="Also give the gauges that gateways and dashboards made for this server look for: `vllm`."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log lines shown.")
     max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="Largest JSON body.")
     max_upload_bytes: ByteSize = Field(ByteSize(64 * 2**20), description="Largest upload of an adapter.")

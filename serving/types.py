@@ -326,7 +326,8 @@ class StructureChecker(Protocol):
 
 @dataclass(slots=True)
 class EngineStats:
-    """Gauges of the engine, read by /metrics and by tests. `prefix_queries` and `prefix_hits` count prompt tokens."""
+    """Gauges of the engine, read by /metrics and by tests. `prefix_queries` and `prefix_hits` count prompt tokens;
+    revisions, by their content hashes, are those of running and of waiting requests."""
 
     requests_running: int = 0
     requests_waiting: int = 0
@@ -338,6 +339,8 @@ class EngineStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     slot_evictions: int = 0
+    running_revisions: frozenset[str] = frozenset()
+    waiting_revisions: frozenset[str] = frozenset()
 
 
 class GenerationStream(Protocol):

@@ -9,7 +9,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from tokenizers import Tokenizer
@@ -81,7 +81,8 @@ class EngineCore:
         return [state.request.tenant for state in tuple(self.scheduler.running)]
 
     def stats(self) -> EngineStats:
-        """The gauges as of now."""
+        """The gauges as of now. May be read on any thread."""
+        running = _revisions(tuple(self.scheduler.running))
         return EngineStats(
             requests_running=len(self.scheduler.running),
             requests_waiting=self.scheduler.num_waiting,
@@ -93,6 +94,8 @@ class EngineCore:
             prefix_queries=self.scheduler.prefix_queries,
             prefix_hits=self.scheduler.prefix_hits,
             slot_evictions=self.slots.evictions,
+            running_revisions=running,
+            waiting_revisions=_revisions(self._requests.copy().values()) - running,
         )
 
     def add(self, request: GenerationRequest, arrived: float) -> None:
@@ -262,3 +265,7 @@ class EngineCore:
                 adapters=len({chunk.state.request.revision for chunk in plan.chunks} - {None}),
             )
         )
+
+
+def _revisions(states: Iterable[RequestState]) -> frozenset[str]:
+    return frozenset(state.request.revision for state in states if state.request.revision is not None)

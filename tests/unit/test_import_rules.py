@@ -29,7 +29,8 @@ RULES: dict[str, set[str]] = {
     "serving/types.py": set(),
     "serving/errors.py": set(),
     "serving/settings.py": {"serving.types", "pydantic", "pydantic_settings", "yaml", "platformdirs"},
-    "serving/metrics.py": CONTRACTS | {"prometheus_client"},
+    "serving/metrics.py": CONTRACTS | {"prometheus_client", "serving.vllm_metrics"},
+    "serving/vllm_metrics.py": CONTRACTS | {"prometheus_client"},
     "serving/logs.py": {"structlog", "starlette"},
     "serving/api": CONTRACTS | HTTP | {"serving.api", "serving.tenancy"},
     "serving/engine": CONTRACTS

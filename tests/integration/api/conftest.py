@@ -83,10 +83,11 @@ class Server:
 class Stream:
     """A streaming completion that is read on a thread of its own, as other clients are while a test goes on."""
 
-    def __init__(self, server: Server, **fields: Any) -> None:
+    def __init__(self, server: Server, key: str | None = None, **fields: Any) -> None:
         body = {"model": BASE, "prompt": "the fox", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
         self._body = body | fields | {"stream": True}
         self._server = server
+        self._key = {"Authorization": f"Bearer {key}"} if key else {}
         self.started = threading.Event()
         self.texts: list[str] = []
         self.lines: list[str] = []
@@ -95,7 +96,8 @@ class Stream:
         self._thread.start()
 
     def _read(self) -> None:
-        with httpx.stream("POST", f"{self._server.url}/v1/completions", json=self._body, timeout=60) as response:
+        url = f"{self._server.url}/v1/completions"
+        with httpx.stream("POST", url, json=self._body, headers=self._key, timeout=60) as response:
             self.headers = response.headers
             for line in filter(None, response.iter_lines()):
                 self.lines.append(line)

@@ -35,6 +35,7 @@ def test_an_upload_harms_none_of_twenty_streams(files: Files, tmp_path: Path) ->
 
 
 def test_a_replaced_or_deleted_adapter_serves_its_running_requests(server: Server, files: Files) -> None:
+    """Seen to fail where `Residency` drops a retired adapter that is pinned."""
     try:
         server.client.post("/v1/adapters", **files.upload("mine", 2))
         old = server.text(model="mine", max_tokens=240)
@@ -64,6 +65,7 @@ def test_a_replaced_or_deleted_adapter_serves_its_running_requests(server: Serve
 def test_a_client_that_leaves_frees_everything_within_a_second(
     files: Files, tmp_path: Path, path: str, stream: bool
 ) -> None:
+    """Seen to fail where `EngineCore.abort` ends nothing."""
     with running(files, tmp_path, adapter=(f"a0={files.adapter(0)}",)) as server:
         _slow_down(server)
         body: dict[str, Any] = {"model": "a0", "max_tokens": 200, "ignore_eos": True, "stream": stream}
@@ -88,6 +90,7 @@ def test_a_client_that_leaves_frees_everything_within_a_second(
 
 
 def test_queues_are_bounded_and_what_was_taken_finishes(files: Files, tmp_path: Path) -> None:
+    """Seen to fail without the two bounds in `Engine._check_admission`."""
     with running(files, tmp_path, max_batch_size=2, max_queue=2, max_queue_per_tenant=2) as server:
         _slow_down(server)
         streams = [Stream(server, max_tokens=40) for _ in range(2)]

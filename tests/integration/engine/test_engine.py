@@ -137,6 +137,7 @@ def test_events_arrive_on_the_loop_that_submitted(engine: Engine) -> None:
 def test_a_failing_step_ends_its_own_requests_and_no_others(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Seen to fail where `EngineCore.step` lets the exception through."""
     run = engine.runner.run
     failures = iter([True])
 
@@ -251,6 +252,7 @@ def test_a_closed_engine_ends_its_streams_and_takes_no_more(engine: Engine) -> N
 
 
 def test_a_retired_revision_leaves_its_slot_zeroed(engine: Engine) -> None:
+    """Seen to fail without `clear` in `EngineCore._clear`."""
     adapter = engine.load_adapter(random_adapter(tiny_model(), rank=4, seed=1))
     engine.generate([request(revision=adapter)])
     assert any(table.any() for table in engine.runner.slots.tables.values())
@@ -260,6 +262,7 @@ def test_a_retired_revision_leaves_its_slot_zeroed(engine: Engine) -> None:
 
 
 def test_churn_over_few_slots_gives_each_request_its_own_adapter() -> None:
+    """Seen to fail where `SlotPool` gives away a slot in use when none is idle."""
     engine = tiny_engine(adapter_slots=3)
     engine.start()
     adapters = [engine.load_adapter(random_adapter(tiny_model(), rank=r, seed=s)) for s in range(4) for r in (2, 4)]

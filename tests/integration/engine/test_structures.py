@@ -156,6 +156,7 @@ def test_a_worker_that_is_killed_is_started_again(grammars: Grammars) -> None:
 
 
 def test_a_worker_that_hangs_is_killed(grammars: Grammars) -> None:
+    """Seen to fail where `GrammarProcess` does not kill a worker that is silent."""
     [worker] = workers(os.getpid())
     os.kill(worker, signal.SIGSTOP)
     with pytest.raises(InvalidValue, match="cannot be compiled"):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import time
+
 from prometheus_client import CollectorRegistry
 
 from serving.metrics import AdapterGauges, Metrics
 from serving.types import EngineStats, StepReport
+from serving.vllm_metrics import LORA_LABELS
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -77,3 +80,21 @@ def test_two_servers_in_a_process_do_not_meet() -> None:
     first, second = Metrics(CollectorRegistry()), Metrics(CollectorRegistry())
     first.on_error("overloaded")
     assert value(second, "request_errors_total", code="overloaded") is None
+
+
+def test_vllms_gauges_come_where_they_are_wanted_with_one_series_for_adapters() -> None:
+    running, waiting = frozenset({"b" * 64, "a" * 64}), frozenset({"c" * 64})
+    stats = EngineStats(1, 2, 3, 4, 5, 6, running_revisions=running, waiting_revisions=waiting)
+    metrics, plain = Metrics(CollectorRegistry(), vllm=True), Metrics(CollectorRegistry())
+    for each in (metrics, plain):
+        each.watch(lambda: stats, lambda: AdapterGauges(8, 9, 10, 11, 12))
+    sample = metrics.registry.get_sample_value
+    assert (sample("vllm:num_requests_running"), sample("vllm:num_requests_waiting")) == (1, 2)
+    assert sample("vllm:kv_cache_usage_perc") == 0.75
+    labels = dict(zip(LORA_LABELS, ("5", f"{'a' * 16},{'b' * 16}", "c" * 16), strict=True))
+    assert abs((sample("vllm:lora_requests_info", labels) or 0) - time.time()) < 5
+    stats.running_revisions = stats.waiting_revisions = frozenset()
+    series = [family.samples for family in metrics.registry.collect() if family.name == "vllm:lora_requests_info"]
+    assert [len(samples) for samples in series] == [1], "what ran before has no series of its own"
+    assert series[0][0].labels == dict(zip(LORA_LABELS, ("5", "", ""), strict=True))
+    assert not [family.name for family in plain.registry.collect() if family.name.startswith("vllm")]

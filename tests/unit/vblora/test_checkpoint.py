@@ -187,6 +187,7 @@ def test_malformed_full_files(full: Tensors, change: Callable[[Tensors], Tensors
     ],
 )
 def test_malformed_topk_files(topk: Tensors, change: Callable[[Tensors], Tensors], message: str) -> None:
+    """Seen to fail without the check that the indices of a sub-vector are distinct."""
     config = {**CONFIG, "save_only_topk_weights": True}
     read(config, topk)
     with pytest.raises(CheckpointError, match=message):
@@ -241,6 +242,7 @@ ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     ],
 )
 def test_malformed_containers(weights: bytes, message: str) -> None:
+    """Seen to fail without the check of repeated names in `parse_json`."""
     with pytest.raises(CheckpointError, match=message):
         read(CONFIG, weights)
 

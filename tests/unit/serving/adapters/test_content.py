@@ -26,6 +26,7 @@ def test_content_is_named_by_its_hash() -> None:
 
 @pytest.mark.parametrize("targets", [r"(\w+\.?)+!", "all-linear", None])
 def test_an_upload_lists_its_targets(targets: str | None) -> None:
+    """Seen to fail without the check of the type in `check_content`."""
     files = with_config(adapter_files(), target_modules=targets)
     with pytest.raises(InvalidAdapter, match="target_modules"):
         check_content(*files, LAYOUT.compact, uploaded=True)
@@ -110,6 +111,7 @@ def test_a_path_outside_the_roots_is_refused_in_the_same_words(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_file_that_leads_out_of_the_roots_is_refused(tmp_path: Path, name: str) -> None:
+    """Seen to fail without `_contained` in `_read_file`."""
     folder = write_files(tmp_path / "root" / "x", adapter_files())
     (tmp_path / name).write_bytes((folder / name).read_bytes())
     (folder / name).unlink()

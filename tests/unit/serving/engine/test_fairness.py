@@ -73,6 +73,7 @@ class Trace:
 @pytest.mark.parametrize("blocks", [400, 60], ids=["room for all", "preempting"])
 @pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0}, {"a": 1.0, "b": 2.0, "c": 5.0}])
 def test_counters_of_backlogged_tenants_stay_within_the_papers_bound(weights: dict[str, float], blocks: int) -> None:
+    """Seen to fail where the turn goes by arrival alone, in `Scheduler._next`."""
     trace, chance = Trace(scheduler(blocks)), random.Random(0)
     most = ROWS * (LONGEST_PROMPT + LONGEST_ANSWER)
     for step in range(1500):

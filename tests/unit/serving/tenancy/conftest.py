@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
 
-from serving.store.database import open_database, sqlite_url
+from serving.store.database import open_database
 from serving.tenancy.tenants import TenantRegistry
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Engine]:
-    engine = open_database(sqlite_url(tmp_path / "registry.db"))
+def database(database_url: str) -> Iterator[Engine]:
+    """An empty registry, on SQLite and on PostgreSQL."""
+    engine = open_database(database_url)
     yield engine
     engine.dispose()
 

@@ -263,6 +263,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(issuer: Issuer, monkey
 
 
 def test_redirects_are_not_followed_and_sizes_are_capped(issuer: Issuer) -> None:
+    """Seen to fail with `follow_redirects=True` in `jwks.py`."""
     good = issuer.reply[2]
     for reply in [
         (302, {"Location": issuer.url + "/other"}, b""),

@@ -5,34 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, insert, select
 
 from serving.errors import Unavailable
-from serving.store.database import open_database, sqlite_url
+from serving.store.database import open_database
 from serving.store.tables import usage
 from serving.tenancy.metering import UsageCounts, UsageFilter, UsageKey
 from serving.tenancy.usage import SqlUsageLedger
 
 ALL = UsageFilter()
 NEVER = 3600.0
-
-
-@pytest.fixture
-def database_url(tmp_path: Path) -> str:
-    return sqlite_url(tmp_path / "registry.db")
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Engine]:
-    engine = open_database(database_url)
-    yield engine
-    engine.dispose()
 
 
 def today() -> date:
