@@ -95,7 +95,7 @@ def cycle(engine: Engine, catalog: Catalog, files: Contents, count: int, kept: l
             pin.release()
         catalog.delete(CALLER, name)
         if kept is not None:
-            kept.append((bytearray(os.urandom(2**16)), os.open(os.devnull, os.O_RDONLY)))
+            kept.append((bytearray(os.urandom(2**17)), os.open(os.devnull, os.O_RDONLY)))
 
 
 def measure(engine: Engine, catalog: Catalog, files: Contents, count: int, kept: list[Any] | None = None) -> list[str]:

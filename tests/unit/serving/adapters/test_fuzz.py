@@ -39,7 +39,8 @@ def changed_bytes(draw: st.DrawFn) -> bytes:
 def changed_values(draw: st.DrawFn) -> bytes:
     """Values of a tensor replaced by what is not a number, infinite, negative, huge, or another index."""
     value = draw(st.sampled_from(VALUES))
-    place = draw(st.integers((8 + HEADER_BYTES) // len(value) + 1, len(WEIGHTS) // len(value) - 1)) * len(value)
+    start, end = HEADER[draw(st.sampled_from(TENSORS))]["data_offsets"]
+    place = 8 + HEADER_BYTES + start + draw(st.integers(0, max(0, (end - start) // len(value) - 1))) * len(value)
     return WEIGHTS[:place] + value + WEIGHTS[place + len(value) :]
 
 
