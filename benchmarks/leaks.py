@@ -25,7 +25,7 @@ from benchmarks.bench_memory import resident_bytes
 from benchmarks.workload import machine, random_adapter
 from serving.adapters.catalog import Catalog
 from serving.adapters.registry import Registry
-from serving.adapters.storage import LocalStorage
+from serving.adapters.storage.folder import open_folder
 from serving.engine import Engine
 from serving.store.database import open_database, sqlite_url
 from serving.types import Caller, EngineSettings, GenerationRequest, SamplingParams
@@ -66,7 +66,7 @@ class Footprint:
 def opened(engine: Engine, folder: Path) -> Iterator[Catalog]:
     """A catalog of the engine's adapters in an empty folder."""
     database = open_database(sqlite_url(folder / "registry.db"))
-    storage = LocalStorage(folder / "revisions")
+    storage = open_folder(folder / "revisions")
     yield Catalog(Registry(database, engine.card.base_id), storage, engine.residency, engine.layout.compact)
     database.dispose()
 

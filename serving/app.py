@@ -22,7 +22,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.adapters.catalog import Catalog
 from serving.adapters.registry import Registry
-from serving.adapters.storage import LocalStorage
+from serving.adapters.storage.folder import open_folder
+from serving.adapters.storage.revisions import RevisionStorage
 from serving.adapters.watched import WatchedFolder
 from serving.api.application import build_admin_application, build_application
 from serving.api.context import ApiContext, Caps
@@ -33,7 +34,7 @@ from serving.engine import Engine
 from serving.errors import ServingError, StartupError
 from serving.listeners import bind, served
 from serving.metrics import AdapterGauges, Metrics
-from serving.settings import ServerSettings, is_loopback
+from serving.settings import ServerSettings, SettingsError, is_loopback
 from serving.store.database import DatabaseError, open_database, sqlite_url
 from serving.tenancy.quotas import TenantQuotas
 from serving.tenancy.service import Tenancy, keyed_tenancy, open_tenancy
@@ -60,6 +61,7 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         undo.callback(usage.close)
         tenancy = _open_tenancy(settings, database)
         undo.callback(tenancy.close)
+        bucket = _open_bucket(settings)
         admin_listener = None
         if settings.admin_port is not None:
             admin_listener = undo.enter_context(bind(settings.admin_host, settings.admin_port))
@@ -70,7 +72,7 @@ def create_app(settings: ServerSettings, engine: Engine | None = None) -> FastAP
         undo.callback(windows.close)
         engine = engine or Engine.from_settings(settings.to_engine_settings(), observer=metrics)
         undo.callback(engine.close, CLOSE_SECONDS)
-        catalog = _open_catalog(settings, engine, database)
+        catalog = _open_catalog(settings, engine, database, bucket)
         watched = _open_watched(settings, catalog)
         quotas = TenantQuotas(tenancy.directory, settings.to_tenant_limits(), windows)
         context = _context(settings, engine, catalog, metrics, tenancy, quotas, usage)
@@ -210,14 +212,14 @@ def _open_tenancy(settings: ServerSettings, database: Database) -> Tenancy:
     )
 
 
-def _open_catalog(settings: ServerSettings, engine: Engine, database: Database) -> Catalog:
-    """The registry of this base model, with the adapters of the settings in it. Each base has a folder of its own:
-    adapters fit one base only."""
-    folder = settings.data_dir / "adapters" / re.sub(r"[^A-Za-z0-9_-]+", "-", engine.card.base_id)
+def _open_catalog(
+    settings: ServerSettings, engine: Engine, database: Database, bucket: RevisionStorage | None
+) -> Catalog:
+    """The registry of this base model, with the adapters of the settings in it."""
     try:
         catalog = Catalog(
             Registry(database, engine.card.base_id),
-            LocalStorage(folder / "revisions"),
+            bucket or _open_folder(settings, engine.card.base_id),
             engine.residency,
             engine.layout.compact,
             adapter_roots=settings.adapter_root,
@@ -225,11 +227,32 @@ def _open_catalog(settings: ServerSettings, engine: Engine, database: Database) 
             keep_revisions=settings.keep_revisions,
         )
     except (OSError, SQLAlchemyError) as error:
-        raise StartupError(f"the adapters under --data-dir cannot be used: {error}") from error
+        where = "--storage-url" if settings.storage_url else "--data-dir"
+        raise StartupError(f"the adapters under {where} cannot be used: {error}") from error
     shipped = demo_adapters() if settings.model == DEMO_MODEL else {}
     for name, path in {**shipped, **settings.adapters}.items():
         _register(catalog, name, path)
     return catalog
+
+
+def _open_folder(settings: ServerSettings, base_id: str) -> RevisionStorage:
+    """The storage in a folder: the one that is set, or the base's own, as adapters fit one base only."""
+    of_base = settings.data_dir / "adapters" / re.sub(r"[^A-Za-z0-9_-]+", "-", base_id) / "revisions"
+    return open_folder(settings.storage_folder or of_base)
+
+
+def _open_bucket(settings: ServerSettings) -> RevisionStorage | None:
+    """The storage in a bucket, if one is set. Nothing is asked of it yet."""
+    if settings.storage_url is None or settings.storage_folder is not None:
+        return None
+    try:
+        from serving.adapters.storage.s3 import S3Objects  # an extra: not everybody has it
+    except ImportError as error:
+        raise SettingsError("--storage-url: s3://… needs the extra `s3`: pip install 'vblora[s3]'") from error
+    try:
+        return RevisionStorage(S3Objects(settings.storage_url))
+    except OSError as error:
+        raise StartupError(f"--storage-url cannot be used: {error}") from error
 
 
 def _register(catalog: Catalog, name: str, path: Path) -> None:

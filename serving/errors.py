@@ -16,7 +16,8 @@
     └── Unavailable               503
         ├── Overloaded            503 overloaded
         ├── Draining              503 draining
-        └── EngineUnavailable     503 engine_unavailable
+        ├── EngineUnavailable     503 engine_unavailable
+        └── StorageUnavailable    503 storage_unavailable
 
 `StartupError` stands apart: it is for the operator.
 """
@@ -135,6 +136,12 @@ class EngineUnavailable(Unavailable):
     """The engine is down or restarting."""
 
     code = "engine_unavailable"
+
+
+class StorageUnavailable(Unavailable):
+    """The storage of adapters does not answer."""
+
+    code = "storage_unavailable"
 
 
 class StartupError(Exception):

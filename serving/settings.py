@@ -5,10 +5,13 @@ The one list behind the command line and docs/settings.md. Knows neither HTTP no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import yaml
 from platformdirs import user_data_path
@@ -25,6 +28,8 @@ from pydantic_settings import (
 from serving.types import EngineSettings, TenantLimits
 
 ENV_PREFIX = "VBLORA_"
+# No endpoint, user or password: those are the environment's.
+_STORAGE_URL = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/[A-Za-z0-9._=-]+)*/?|file:///.+")
 MODEL_HELP = "Base model: a hub id, a folder, a .gguf file, or `demo`, which also registers the shipped adapters."
 
 
@@ -128,6 +133,11 @@ class ServerSettings(BaseSettings):
     database_url: str | None = Field(
         None, description="Registry's database, sqlite:///… or postgresql://…; by default a file in data-dir."
     )
+    storage_url: str | None = Field(
+        None,
+        description="Where adapters' bytes are kept, s3://BUCKET/PREFIX or file:///FOLDER; by default a folder in "
+        "data-dir.",
+    )
     adapter: Texts = Field((), description="Shared adapter to register at start, as NAME=PATH. Repeatable.")
     adapter_root: Paths = Field((), description="Folder below which load_lora_adapter may read. Repeatable.")
     adapters_dir: Path | None = Field(
@@ -171,6 +181,13 @@ class ServerSettings(BaseSettings):
             raise ValueError(f"write NAME=PATH, not {wrong[0]!r}")
         return value
 
+    @field_validator("storage_url")
+    @classmethod
+    def _bucket_or_folder(cls, value: str | None) -> str | None:
+        if value is not None and not _STORAGE_URL.fullmatch(value):
+            raise ValueError("write s3://BUCKET, s3://BUCKET/PREFIX or file:///FOLDER")
+        return value
+
     @model_validator(mode="after")
     def _check_what_belongs_together(self) -> ServerSettings:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
@@ -207,6 +224,13 @@ class ServerSettings(BaseSettings):
             adapters=self.max_adapters,
             adapter_bytes=self.max_adapter_bytes,
         )
+
+    @property
+    def storage_folder(self) -> Path | None:
+        """The folder that `storage_url` means, if it means one."""
+        if self.storage_url is None or not self.storage_url.startswith("file:"):
+            return None
+        return Path(url2pathname(urlsplit(self.storage_url).path))
 
     @property
     def loopback(self) -> bool:

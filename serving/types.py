@@ -282,9 +282,12 @@ class AdapterCatalog(Protocol):
         *,
         shared: bool = False,
         within: HoldingsCheck | None = None,
+        bank: str | None = None,
     ) -> tuple[AdapterInfo, RevisionInfo, bool]:
         """Validate, store, make active. The flag says whether this content is new under this name; where it is,
-        `within` is asked before it counts, and nothing has changed if it raises."""
+        `within` is asked before it counts, and nothing has changed if it raises. `bank`, ``sha256:…``, names the bank
+        of an adapter that the caller may use, for `weights` without one; `InvalidAdapter` with param `bank` for any
+        other."""
 
     def add_from_path(
         self, name: str, path: str, *, replace: bool = False, caller: Caller = ...

@@ -6,22 +6,28 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from sqlalchemy import Engine as Database
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from serving.adapters.catalog import Catalog
 from serving.adapters.records import shown_revision
 from serving.adapters.registry import Registry
 from serving.adapters.residency import Residency
-from serving.adapters.storage import LocalStorage
+from serving.adapters.storage.folder import open_folder
+from serving.adapters.storage.objects import KINDS, Kind
+from serving.adapters.storage.revisions import RevisionStorage
 from serving.store.database import open_database, sqlite_url
 from serving.store.tables import adapters, audit, metadata, revisions
 from serving.types import Caller
+from tests.s3 import Bucket
 from vblora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterCheckpoint, TopKModule, write_adapter
 from vblora.compact import SlotLayout
 from vblora.config import VBLoRAConfig
@@ -88,9 +94,10 @@ class Site:
     keep_revisions: int = 10
     memory_bytes: int | None = None
     url: str = ""  # of the database; by default a file in `data`
+    bucket: Bucket | None = None  # where the bytes are; by default in `data`
     database: Database = field(init=False)
     residency: Residency = field(init=False)
-    storage: LocalStorage = field(init=False)
+    storage: RevisionStorage = field(init=False)
     catalog: Catalog = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,7 +107,7 @@ class Site:
         self.close()
         self.database = open_database(self.url or sqlite_url(self.data / "registry.db"))
         self.residency = Residency(self.memory_bytes)
-        self.storage = LocalStorage(self.data / "adapters")
+        self.storage = open_folder(self.data / "adapters") if self.bucket is None else self.bucket.open()
         self.catalog = Catalog(
             Registry(self.database, BASE),
             self.storage,
@@ -125,18 +132,58 @@ class Site:
                 for table in metadata.sorted_tables
             }
 
-    def age(self, content_hash: str, seconds: float) -> None:
-        """Let a stored content look as if it had been put so long ago."""
+    def age(self, digest: str, seconds: float, kind: Kind = "contents") -> None:
+        """Let a stored content, or a bank, look as if it had been put so long ago."""
         then = time.time() - seconds
-        os.utime(self.data / "adapters" / content_hash, (then, then))
+        if self.bucket is None:
+            os.utime(self.data / "adapters" / kind / digest, (then, then))
+        else:
+            self.bucket.age(f"{kind}/{digest}", then)
+
+    def age_all(self, seconds: float) -> None:
+        """The same for all that is stored."""
+        for kind in KINDS:
+            for digest in self.storage.sizes(kind):
+                self.age(digest, seconds, kind)
+
+    def spoil(self, digest: str, kind: Kind = "contents") -> None:
+        """Change one bit at the end of a stored content, or of a bank."""
+        objects = self.storage._objects
+        data = bytearray(objects.get(f"{kind}/{digest}"))
+        data[-1] ^= 1
+        objects.put(f"{kind}/{digest}", bytes(data))
 
     def named(self) -> set[str]:
         """The revisions that adapters have."""
         return {shown_revision(row[2]) for row in self.tables()["revisions"]}  # type: ignore[arg-type]
 
+    def named_banks(self) -> set[str]:
+        """The banks that adapters are on."""
+        return {row[3] for row in self.tables()["revisions"]}  # type: ignore[misc]
+
+    def stored_banks(self) -> set[str]:
+        """The banks in the storage."""
+        return set(self.storage.sizes("banks"))
+
     def stored(self) -> set[str]:
-        """The revisions whose bytes lie on the disk."""
+        """The revisions whose bytes are in the storage."""
         return {content_hash[:16] for content_hash in self.storage.sizes()}
+
+
+@contextmanager
+def statements(site: Site) -> Iterator[list[str]]:
+    """The statements that its database gets while the block runs, transactions' beginnings and ends left out."""
+    seen: list[str] = []
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if not statement.startswith("BEGIN"):
+            seen.append(statement)
+
+    event.listen(site.database, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        event.remove(site.database, "before_cursor_execute", note)
 
 
 Shown = tuple[str, frozenset[str]]

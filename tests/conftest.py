@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import postgres, redis
+from tests import postgres, redis, s3
 from vblora import kernels
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports `transformers`; child processes inherit it
@@ -52,6 +52,13 @@ def postgres_server() -> Iterator[postgres.Postgres]:
     assert POSTGRES is not None, "mark the test `postgres`"
     with postgres.running(POSTGRES) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[None]:
+    """An S3 of this session's own, to which the environment leads; `tests.s3.new_bucket` is a place in it."""
+    with s3.running():
+        yield
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])

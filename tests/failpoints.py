@@ -1,7 +1,7 @@
 """Crashes for tests of durability: a failure at the nth write, and the disk as a kill at each write would leave it.
 
-Writes are those of the operating system's calls that change names or make files durable, and those of databases: each
-statement that changes rows, and each commit.
+Writes are those of the operating system's calls that change names or make files durable, those of databases (each
+statement that changes rows, and each commit), and those of buckets: each object that is put or removed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 from sqlalchemy.engine.default import DefaultDialect
+
+from serving.errors import StorageUnavailable
 
 FALLIBLE = ("replace", "fsync", "mkdir")
 WRITES = (*FALLIBLE, "unlink", "rmdir")
@@ -22,11 +25,11 @@ _CHANGING = ("INSERT", "UPDATE", "DELETE")
 
 
 def fails_at(countdown: int, change: Callable[[], object]) -> bool:
-    """Run `change` while call number `countdown` (from 0) of `FALLIBLE` or of a database, and every later one, raises
-    `OSError`.
+    """Run `change` while call number `countdown` (from 0) of `FALLIBLE`, of a database or of a bucket, and every later
+    one, raises `OSError`.
 
-    False if the change made fewer calls. A commit counts twice: it can fail before it took place and afterwards. An
-    `OSError` that leaves the change is swallowed.
+    False if the change made fewer calls. A commit, and a write to a bucket, count twice: they can fail before they took
+    place and afterwards. An `OSError` that leaves the change, or what it has become, is swallowed.
     """
     calls = 0
 
@@ -40,7 +43,9 @@ def fails_at(countdown: int, change: Callable[[], object]) -> bool:
         for name in FALLIBLE:
             monkeypatch.setattr(os, name, _around(getattr(os, name), step))
         _watch_databases(monkeypatch, step, step)
-        with contextlib.suppress(OSError):
+        for name in ("put", "delete"):
+            monkeypatch.setattr(obstore, name, _around(getattr(obstore, name), step, step))
+        with contextlib.suppress(OSError, StorageUnavailable):
             change()
     return calls > countdown
 

@@ -11,9 +11,9 @@ from unittest.mock import patch
 from sqlalchemy import Engine, event
 
 from serving.adapters.residency import Residency
-from serving.adapters.storage import LocalStorage
+from serving.adapters.storage.revisions import RevisionStorage
 
-WATCHED: tuple[type, ...] = (LocalStorage, Residency)
+WATCHED: tuple[type, ...] = (RevisionStorage, Residency)
 # Who calls is asked at most once a second, and used tokens are written now and then, whatever is asked for.
 UNRELATED = ("FROM keys", "UPDATE keys", "FROM tenants", "usage")
 

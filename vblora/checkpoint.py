@@ -115,14 +115,27 @@ def read_adapter(directory: str | os.PathLike[str]) -> AdapterCheckpoint:
 
 def read_adapter_bytes(config: bytes, weights: bytes) -> AdapterCheckpoint:
     """Validate the contents of the two files of an adapter; raises as `read_adapter` does."""
+    return _checked(_parsed(config), adapter_tensors(weights))
+
+
+def read_adapter_tensors(config: bytes, tensors: Mapping[str, Tensor]) -> AdapterCheckpoint:
+    """Validate the contents of a configuration's file and what `adapter_tensors` told of the other."""
+    return _checked(_parsed(config), tensors)
+
+
+def adapter_tensors(weights: bytes) -> dict[str, Tensor]:
+    """The tensors of an adapter's file by name, each once, not yet checked. Raises `CheckpointError`."""
+    return {key: tensor for key, tensor in load_tensors(weights).items() if not _REPEATED.search(key)}
+
+
+def _parsed(config: bytes) -> VBLoRAConfig:
     if len(config) > MAX_JSON_BYTES:
         raise CheckpointError(f"{CONFIG_FILE} is larger than {MAX_JSON_BYTES} bytes")
     values = parse_json(config, CONFIG_FILE)
     try:
-        parsed = VBLoRAConfig.from_dict(values)
+        return VBLoRAConfig.from_dict(values)
     except ConfigError as error:
         raise CheckpointError(f"{CONFIG_FILE}: {error}") from error
-    return _checked(parsed, load_tensors(weights))
 
 
 def write_adapter(
@@ -194,8 +207,7 @@ def _in_mode(checkpoint: AdapterCheckpoint, topk_only: bool) -> AdapterCheckpoin
     return replace(checkpoint, config=replace(checkpoint.config, save_only_topk_weights=False))
 
 
-def _checked(config: VBLoRAConfig, tensors: dict[str, Tensor]) -> AdapterCheckpoint:
-    tensors = {key: tensor for key, tensor in tensors.items() if not _REPEATED.search(key)}
+def _checked(config: VBLoRAConfig, tensors: Mapping[str, Tensor]) -> AdapterCheckpoint:
     modules, extra_keys = _names(config, tensors)
     bank = _float(tensors, BANK_KEY, (config.num_vectors, config.vector_length))
     read = _read_topk if config.save_only_topk_weights else _read_logits

@@ -9,17 +9,25 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from serving.adapters.banks import Banks
 from serving.adapters.changes import Change
-from serving.adapters.content import Compact, ContentLoader, check_content, read_folder, resolve_folder
+from serving.adapters.content import (
+    Compact,
+    ContentLoader,
+    check_content,
+    read_folder,
+    resolve_folder,
+    stored_files_are,
+)
 from serving.adapters.declarations import COMMAND_LINE, Declarations
 from serving.adapters.pin import RevisionPin
 from serving.adapters.records import SHARED, Adapter, Default, Revision
 from serving.adapters.registry import Registry
 from serving.adapters.residency import Residency
 from serving.adapters.sightings import Sightings
-from serving.adapters.storage import RevisionStorage
+from serving.adapters.storage.revisions import RevisionStorage
 from serving.adapters.writer import Writer
-from serving.errors import InternalError, InvalidValue, ModelNotFound, PermissionDenied
+from serving.errors import InvalidValue, ModelNotFound, PermissionDenied
 from serving.types import MAX_PAGE, AdapterInfo, Caller, DefaultAdapter, HoldingsCheck, RevisionInfo
 from vblora.compact import CompactAdapter
 
@@ -60,6 +68,7 @@ class Catalog:
         self._sightings = Sightings(residency)
         self._compact = compact
         self._loader = ContentLoader(storage, compact)
+        self._banks = Banks(registry, storage)
         self._roots = tuple(adapter_roots)
         self._reserved = frozenset(reserved) | {"base"}
         self._writer = Writer(registry, storage, residency, keep_revisions)
@@ -100,7 +109,7 @@ class Catalog:
                 adapter, revision = resolve()
                 if revision == missed:
                     if loaded is None:
-                        raise InternalError("The stored files of this adapter are missing.")
+                        raise stored_files_are("missing")
                     pin = self._hold(adapter, revision, loaded)
             if pin is not None:
                 return pin
@@ -157,13 +166,15 @@ class Catalog:
         *,
         shared: bool = False,
         within: HoldingsCheck | None = None,
+        bank: str | None = None,
     ) -> tuple[AdapterInfo, RevisionInfo, bool]:
         """Validate, store, make active; `shared` is for operators. True for a content that is new under this name,
-        unless its owner's holdings would then not be `within` their bounds."""
+        unless its owner's holdings would then not be `within` their bounds. `bank` names one that `weights` lack."""
         if shared and "operator" not in caller.roles:
             raise PermissionDenied("Only an operator may add a shared adapter.")
         self._check_name(name, "name")
-        content = check_content(config, weights, self._compact, uploaded=True)
+        whole = weights if bank is None else self._banks.complete(caller.tenant, weights, bank)
+        content = check_content(config, whole, self._compact, uploaded=True)
         with self._writer.adding(caller, content) as change:
             owner = SHARED if shared else caller.tenant
             added = self._writer.install(change, owner, name, content)

@@ -24,6 +24,7 @@ class Change:
         self._base = base
         self._caller = caller
         self._removed: set[str] = set()
+        self._removed_banks: set[str] = set()
 
     def find(self, tenant: str, name: str) -> Adapter | None:
         """What `name` means to a tenant: its own adapter of that name, else the shared one."""
@@ -51,9 +52,18 @@ class Change:
         """Those of `contents` that some revision names, of whatever base."""
         return set(self._connection.scalars(queries.named(contents)))
 
+    def named_banks(self, banks: Collection[str]) -> set[str]:
+        """Those of `banks` that some revision names, of whatever base."""
+        return set(self._connection.scalars(queries.named_banks(banks)))
+
     def orphans(self) -> set[str]:
         """The contents that lost a revision in this change and that none names any more."""
         return self._removed - self.named(self._removed) if self._removed else set()
+
+    @property
+    def left_banks(self) -> set[str]:
+        """The banks that lost a revision in this change, whether others name them or not."""
+        return self._removed_banks
 
     def create(self, owner: str, name: str, first: Revision) -> Adapter:
         """Add an adapter with its first revision, which is active."""
@@ -81,7 +91,7 @@ class Change:
     def remove(self, adapter: Adapter) -> None:
         """Remove an adapter with its revisions; defaults that name it become deleted."""
         self._connection.execute(delete(adapters).where(adapters.c.id == adapter.id))
-        self._removed |= {revision.content_hash for revision in adapter.revisions}
+        self._forget(adapter.revisions)
         self._end_defaults(adapter)
         self._record("adapter.delete", adapter.owner, adapter.name)
 
@@ -90,7 +100,7 @@ class Change:
         for revision in gone:
             theirs = and_(revisions.c.adapter == adapter.id, revisions.c.content_hash == revision.content_hash)
             self._connection.execute(delete(revisions).where(theirs))
-            self._removed.add(revision.content_hash)
+            self._forget([revision])
             self._end_defaults(adapter, defaults.c.revision == revision.revision)
             self._record("adapter.delete_revision", adapter.owner, f"{adapter.name}@{revision.revision}")
 
@@ -110,6 +120,10 @@ class Change:
         """Let a tenant have no default."""
         if self._drop_default(tenant):
             self._record("default.set", tenant, "")
+
+    def _forget(self, gone: Sequence[Revision]) -> None:
+        self._removed |= {revision.content_hash for revision in gone}
+        self._removed_banks |= {revision.bank_hash for revision in gone}
 
     def _drop_default(self, tenant: str) -> bool:
         """Whether there was one."""

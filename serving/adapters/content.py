@@ -5,14 +5,15 @@ It does not know names, tenants or what is resident.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from serving.adapters.storage import RevisionStorage
-from serving.errors import IncompatibleAdapter, InternalError, InvalidAdapter, InvalidValue
+from serving.adapters.storage.revisions import RevisionStorage
+from serving.errors import IncompatibleAdapter, InvalidAdapter, InvalidValue, StorageUnavailable
 from vblora.checkpoint import (
     CONFIG_FILE,
     MAX_WEIGHTS_BYTES,
@@ -20,12 +21,15 @@ from vblora.checkpoint import (
     AdapterCheckpoint,
     content_hash,
     read_adapter_bytes,
+    read_adapter_tensors,
 )
 from vblora.compact import CompactAdapter
 from vblora.errors import CheckpointError, IncompatibleError, VBLoRAError
 from vblora.tensorfile import MAX_JSON_BYTES, read_bytes
 
 Compact = Callable[[AdapterCheckpoint], CompactAdapter]
+UPLOAD_AGAIN = "upload the adapter again, with its bank."
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,10 @@ class Content:
     config: bytes
     weights: bytes
     compact: CompactAdapter
+
+    @property
+    def bank_hash(self) -> str:
+        return self.compact.bank_hash
 
 
 def check_content(config: bytes, weights: bytes, compact: Compact, *, uploaded: bool) -> Content:
@@ -107,8 +115,12 @@ class ContentLoader:
         self._loading: dict[str, Future[CompactAdapter]] = {}
 
     def load(self, content_hash: str) -> CompactAdapter:
-        """Read, validate and compact. `KeyError` if the content is not stored, `InternalError` if it is damaged,
-        `IncompatibleAdapter` if it does not fit the base model that runs now."""
+        """Read, check by its hash, and compact.
+
+        Raises `KeyError` if the content or its bank is not stored, `InvalidAdapter` if one is damaged,
+        `IncompatibleAdapter` if it does not fit the base model that runs now, `StorageUnavailable` if the storage does
+        not answer.
+        """
         with self._lock:
             running = self._loading.get(content_hash)
             future = self._loading.setdefault(content_hash, Future())
@@ -127,8 +139,30 @@ class ContentLoader:
                 del self._loading[content_hash]
 
     def _read(self, content_hash: str) -> CompactAdapter:
-        config, weights = self._storage.get(content_hash)
         try:
-            return check_content(config, weights, self._compact, uploaded=False).compact
-        except InvalidAdapter as error:
-            raise InternalError("The stored files of this adapter are damaged.") from error
+            return self._compact(_read_stored(self._storage, content_hash))
+        except IncompatibleError as error:
+            raise IncompatibleAdapter(str(error), param=error.field) from error
+
+
+def _read_stored(storage: RevisionStorage, digest: str) -> AdapterCheckpoint:
+    try:
+        checkpoint = read_adapter_tensors(*storage.get(digest))
+        if content_hash(checkpoint) != digest:
+            raise CheckpointError("not the content that it should be")
+    except OSError as error:
+        raise storage_fails() from error
+    except VBLoRAError as error:
+        _log.warning("the stored bytes of adapter content %s are damaged: %s", digest, error)
+        raise stored_files_are("damaged") from error
+    return checkpoint
+
+
+def stored_files_are(what: str) -> InvalidAdapter:
+    """The refusal of an adapter whose stored bytes are damaged or missing."""
+    return InvalidAdapter(f"The stored files of this adapter are {what}: {UPLOAD_AGAIN}")
+
+
+def storage_fails() -> StorageUnavailable:
+    """The refusal of whatever needs a storage that does not answer now."""
+    return StorageUnavailable("The storage of adapters does not answer: try again.")

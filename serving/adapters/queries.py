@@ -92,6 +92,21 @@ def named(contents: Collection[str]) -> Select[Any]:
     return select(revisions.c.content_hash).where(revisions.c.content_hash.in_(contents)).distinct()
 
 
+def named_banks(banks: Collection[str]) -> Select[Any]:
+    """Those of `banks` that some revision names, of whatever base."""
+    return select(revisions.c.bank_hash).where(revisions.c.bank_hash.in_(banks)).distinct()
+
+
+def usable_bank(base: str, tenant: str, bank_hash: str) -> Select[Any]:
+    """The bank with this hash, if an adapter that a tenant may use is on it: its own, or a shared one."""
+    return (
+        select(revisions.c.bank_hash)
+        .join(adapters, revisions.c.adapter == adapters.c.id)
+        .where(adapters.c.base == base, adapters.c.owner.in_((tenant, SHARED)), revisions.c.bank_hash == bank_hash)
+        .limit(1)
+    )
+
+
 def pinned_by_defaults(adapter: Adapter, base: str) -> Select[Any]:
     """The revisions of an adapter that some tenant's default pins."""
     return (

@@ -50,6 +50,14 @@ class Registry:
         """The names of the shared adapters that came from the watched folder."""
         return {row[0] for row in self._ask(queries.watched(self._base))}
 
+    def named_banks(self, banks: Collection[str]) -> set[str]:
+        """Those of `banks` that some revision names, of whatever base."""
+        return {row[0] for row in self._ask(queries.named_banks(banks))}
+
+    def may_use_bank(self, tenant: str, bank_hash: str) -> bool:
+        """Whether an adapter of the tenant's own, or a shared one, is on this bank."""
+        return bool(self._ask(queries.usable_bank(self._base, tenant, bank_hash)))
+
     @property
     def empty(self) -> bool:
         """Whether there is no adapter of any base."""

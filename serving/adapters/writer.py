@@ -1,4 +1,4 @@
-"""The order of a change: bytes, then the registry, then memory; and the bytes that nothing names any more go last.
+"""The order of a change: bytes (the bank's first), then the registry, then memory; bytes that nothing names go last.
 
 It does not know who may change what.
 """
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from threading import Lock
 
 from serving.adapters.changes import Change
-from serving.adapters.content import Content
+from serving.adapters.content import Content, storage_fails
 from serving.adapters.orphans import Orphans
 from serving.adapters.records import Adapter, Revision
 from serving.adapters.registry import Registry
 from serving.adapters.residency import Residency
-from serving.adapters.storage import RevisionStorage
+from serving.adapters.storage.revisions import RevisionStorage
 from serving.errors import InvalidAdapter
 from serving.types import Caller
 
@@ -54,41 +54,48 @@ class Writer:
     def adding(self, caller: Caller, content: Content) -> Iterator[Change]:
         """The same, in which a revision may name `content`, whose bytes are stored and whose adapter is resident."""
         with self._writing:
-            self._orphans.add({content.content_hash})  # until the registry names it
-            self._storage.put(content.content_hash, content.config, content.weights)
+            self._orphans.add({content.content_hash}, {content.bank_hash})  # until the registry names them
+            self._store(content)
             with self._change(caller, content) as change:
                 # Another process may have removed equal bytes since; while this change lasts, none can.
-                if self._storage.modified(content.content_hash) is None:
-                    self._storage.put(content.content_hash, content.config, content.weights)
+                self._store(content, unless_there=True)
                 yield change
+
+    def _store(self, content: Content, *, unless_there: bool = False) -> None:
+        try:
+            if not (unless_there and self._storage.holds(content.content_hash, content.bank_hash)):
+                self._storage.put(content.content_hash, content.config, content.weights)
+        except OSError as error:
+            raise storage_fails() from error
 
     @contextmanager
     def _change(self, caller: Caller, arriving: Content | None = None) -> Iterator[Change]:
         orphans: set[str] = set()
+        banks: set[str] = set()
         try:
             with self._registry.change(caller) as change:
                 yield change
-                orphans = change.orphans()
+                orphans, banks = change.orphans(), change.left_banks
             if arriving is not None:
                 with self.memory:
                     self._residency.put(arriving.content_hash, arriving.compact)
         finally:
-            self._drop(orphans)
+            self._drop(orphans, banks)
 
-    def _drop(self, orphans: set[str]) -> None:
+    def _drop(self, orphans: set[str], banks: set[str]) -> None:
         """Take contents out of memory, and out of the storage unless they are named after all: where the end of a
         transaction raised, it may have been kept or not. In memory they are missed by nobody, only read again."""
         with self.memory:
             for content_hash in orphans:
                 self._residency.retire(content_hash)
-        self._orphans.add(orphans)
+        self._orphans.add(orphans, banks)
         self._orphans.remove()
 
     def install(self, change: Change, owner: str, name: str, content: Content) -> Added:
         """Make `content` the active revision of an adapter, which comes to be where there is none; the oldest
         revisions that are too many go. Raises `InvalidAdapter` if another content has the same 16 digits."""
         size = len(content.config) + len(content.weights)
-        revision = Revision(content.content_hash, content.compact.bank_hash, size, int(time.time()))
+        revision = Revision(content.content_hash, content.bank_hash, size, int(time.time()))
         adapter = change.find_of(owner, name)
         if adapter is None:
             return change.create(owner, name, revision), revision, True

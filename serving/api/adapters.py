@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, TypedDict, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response, status
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -25,6 +25,15 @@ from serving.types import MAX_PAGE, Caller
 
 router = APIRouter(tags=["adapters"])
 T = TypeVar("T")
+
+
+class Upload(TypedDict):
+    """The parts of an upload."""
+
+    name: str
+    config: bytes
+    weights: bytes
+    bank: str | None
 
 
 @router.get("/v1/adapters")
@@ -51,9 +60,9 @@ async def get_adapter(name: str, context: Context, caller: CallerOf) -> AdapterE
 )
 async def upload_adapter(request: Request, context: Context, caller: CallerOf) -> Response:
     """Validate, store and activate an adapter."""
-    name, config, weights = await _read_upload(request, context.caps.upload_bytes)
+    upload = await _read_upload(request, context.caps.upload_bytes)
     within = await context.threads.run(caller.tenant, context.quotas.adapter_quota, caller.tenant)
-    add = partial(context.catalog.add, caller, name, config, weights, within=within)
+    add = partial(context.catalog.add, caller, **upload, within=within)
     info, revision, is_new = await _timed(context, caller, "upload", add)
     reply = UploadReply(
         name=info.name,
@@ -125,16 +134,18 @@ async def unload_lora_adapter(
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
-async def _read_upload(request: Request, limit: int) -> tuple[str, bytes, bytes]:
-    """The parts `name`, `config` and `weights`; the two files may come as files or as plain fields."""
+async def _read_upload(request: Request, limit: int) -> Upload:
+    """The parts `name`, `config`, `weights` and, if it is there, `bank`; files may come as files or as plain fields."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise InvalidValue("the Content-Type must be multipart/form-data")
-    async with request.form(max_files=2, max_fields=3, max_part_size=limit) as form:
+    async with request.form(max_files=2, max_fields=4, max_part_size=limit) as form:
         parts = {key: await _content(value) for key, value in form.multi_items()}
     for part in ("name", "config", "weights"):
         if part not in parts:
             raise InvalidValue(f"{part}: this part is missing", param=part)
-    return parts["name"].decode("utf-8", "replace"), parts["config"], parts["weights"]
+    bank = parts["bank"].decode("utf-8", "replace") if "bank" in parts else None
+    name = parts["name"].decode("utf-8", "replace")
+    return Upload(name=name, config=parts["config"], weights=parts["weights"], bank=bank)
 
 
 async def _content(part: UploadFile | str) -> bytes:

@@ -46,6 +46,12 @@ UPLOAD_BODY: dict[str, Any] = {
                             "format": "binary",
                             "description": "adapter_model.safetensors",
                         },
+                        "bank": {
+                            "type": "string",
+                            "pattern": "^sha256:[0-9a-f]{64}$",
+                            "description": "The hash of a vector bank, for weights without one: that of an adapter of "
+                            "the caller's own, or of a shared one. The bytes of the whole adapter count.",
+                        },
                     },
                 }
             }

@@ -25,6 +25,7 @@ from serving.errors import (
     RateLimitExceeded,
     RequestTooLarge,
     ServingError,
+    StorageUnavailable,
 )
 
 Errors = tuple[type[ServingError], ...]
@@ -32,7 +33,9 @@ Examples = Mapping[str, Any]
 
 EVERYWHERE: Errors = (InvalidValue, RequestTooLarge, InternalError)
 WITH_A_KEY: Errors = (InvalidApiKey, PermissionDenied, Draining)
-_GENERATING: Errors = (ContextLengthExceeded, ModelNotFound, RateLimitExceeded, Overloaded, EngineUnavailable)
+# What a stored adapter can turn out to be once it is needed.
+_PINNING: Errors = (ModelNotFound, InvalidAdapter, IncompatibleAdapter, StorageUnavailable)
+_GENERATING: Errors = (ContextLengthExceeded, *_PINNING, RateLimitExceeded, Overloaded, EngineUnavailable)
 
 
 @dataclass(frozen=True)
@@ -118,16 +121,16 @@ OPERATIONS: Mapping[str, Operation] = {
     "list_models": Operation(),
     "get_model": Operation((ModelNotFound,)),
     "tokenize": Operation(
-        (ModelNotFound,),
+        _PINNING,
         {
             "a text": {"prompt": "The lighthouse keeper"},
             "a chat": {"model": "saltspoke", "messages": _QUESTION, "return_token_strs": True},
         },
     ),
-    "detokenize": Operation((ModelNotFound,), {"some tokens": {"tokens": [2, 818, 171, 1003]}}),
+    "detokenize": Operation(_PINNING, {"some tokens": {"tokens": [2, 818, 171, 1003]}}),
     "list_adapters": Operation(),
     "get_adapter": Operation((ModelNotFound, NotFound)),
-    "upload_adapter": Operation((InvalidAdapter, IncompatibleAdapter, RateLimitExceeded)),
+    "upload_adapter": Operation((InvalidAdapter, IncompatibleAdapter, RateLimitExceeded, StorageUnavailable)),
     "activate_adapter": Operation((ModelNotFound, NotFound), {"roll back": {"revision": _REVISION}}),
     "delete_adapter": Operation((ModelNotFound, NotFound)),
     "delete_revision": Operation((ModelNotFound, NotFound)),
@@ -140,7 +143,7 @@ OPERATIONS: Mapping[str, Operation] = {
         },
     ),
     "load_lora_adapter": Operation(
-        (InvalidAdapter, IncompatibleAdapter),
+        (InvalidAdapter, IncompatibleAdapter, StorageUnavailable),
         {"a folder": {"lora_name": "saltspoke", "lora_path": "/srv/adapters/saltspoke", "load_inplace": True}},
     ),
     "unload_lora_adapter": Operation((ModelNotFound,), {"its name": {"lora_name": "saltspoke"}}),

@@ -39,6 +39,7 @@ RULES: dict[str, set[str]] = {
     | {"serving.engine", "serving.adapters", "transformers", "tokenizers", "jinja2"},
     "serving/engine/grammar_worker.py": {"llguidance"},  # a process of its own, which starts fast and holds little
     "serving/adapters": CONTRACTS | METHOD | STORE | {"serving.adapters"},
+    "serving/adapters/storage/s3.py": {"serving.adapters", "obstore"},
     "serving/tenancy": CONTRACTS | STORE | {"serving.tenancy", "cachetools"},
     "serving/tenancy/jwks.py": {"jwt", "httpx"},
     "serving/tenancy/tokens.py": CONTRACTS | {"serving.tenancy", "jwt"},

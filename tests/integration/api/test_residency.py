@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from serving import upkeep
-from serving.adapters.storage import LocalStorage
+from serving.adapters.storage.revisions import RevisionStorage
 from tests.integration.api.conftest import Files, Server, running
 from tests.integration.api.keyed import keyed
 
@@ -66,17 +66,17 @@ def test_a_tenant_whose_adapters_are_slow_to_read_holds_up_no_other(
     acme, ops = callers.acme, callers.ops
     acme.post("/v1/adapters", **files.upload("slow", 2))
     assert ops.post("/v1/adapters", **files.upload("fast", 3)).status_code == 201
-    go, reading, get = Event(), Event(), LocalStorage.get
+    go, reading, get = Event(), Event(), RevisionStorage.get
     slow = callers.server.context.catalog.pin("acme", "slow")
     slow.release()
 
-    def slow_get(self: LocalStorage, content_hash: str) -> Any:
+    def slow_get(self: RevisionStorage, content_hash: str) -> Any:
         if content_hash == slow.content_hash:
             reading.set()
             assert go.wait(60)
         return get(self, content_hash)
 
-    monkeypatch.setattr(LocalStorage, "get", slow_get)
+    monkeypatch.setattr(RevisionStorage, "get", slow_get)
     with ThreadPoolExecutor(FLOOD) as pool:
         try:
             flood = [pool.submit(complete, acme, "slow") for _ in range(FLOOD)]

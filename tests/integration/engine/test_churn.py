@@ -18,7 +18,7 @@ import torch
 
 from serving.adapters.catalog import Catalog
 from serving.adapters.registry import Registry
-from serving.adapters.storage import LocalStorage
+from serving.adapters.storage.folder import open_folder
 from serving.engine import Engine
 from serving.engine.streams import Generation
 from serving.store.database import open_database, sqlite_url
@@ -81,7 +81,7 @@ def shop(folder: Path, **settings: int) -> Iterator[Shop]:
         yield Shop(
             engine,
             Catalog(
-                Registry(database, "tiny"), LocalStorage(folder / "revisions"), engine.residency, engine.layout.compact
+                Registry(database, "tiny"), open_folder(folder / "revisions"), engine.residency, engine.layout.compact
             ),
         )
     database.dispose()

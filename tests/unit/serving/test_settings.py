@@ -15,6 +15,18 @@ from serving.settings import (
     settings_reference,
 )
 
+STORAGE_URLS = [
+    "",
+    "bucket",
+    "s3://",
+    "s3://key:secret@bucket",
+    "s3://bucket/../x",
+    "s3://bucket?x",
+    "gs://bucket",
+    "http://bucket/x",
+    "file://host/x",
+    "/srv/x",
+]
 DOCUMENT = Path(__file__).parents[3] / "docs" / "settings.md"
 
 
@@ -73,11 +85,27 @@ def test_sizes_have_units(tmp_path: Path) -> None:
         ({"jwt_issuer": "x"}, "jwt-jwks"),
         ({"jwt_issuer": "x", "jwt_audience": "y"}, "jwt-jwks"),
         ({"admin_port": -1}, "--admin-port"),
+        *(({"storage_url": url}, "--storage-url: write s3://BUCKET") for url in STORAGE_URLS),
     ],
 )
 def test_what_cannot_be_used_is_named(flags: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         load(**flags)
+
+
+@pytest.mark.parametrize(
+    ("url", "folder"),
+    [
+        (None, None),
+        ("s3://bucket", None),
+        ("s3://my-bucket.x/some/prefix/", None),
+        ("file:///srv/adapters", Path("/srv/adapters")),
+        ("file:///srv/all%20of%20them", Path("/srv/all of them")),
+    ],
+)
+def test_where_bytes_are_kept(url: str | None, folder: Path | None) -> None:
+    settings = load(storage_url=url)
+    assert (settings.storage_url, settings.storage_folder) == (url, folder)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

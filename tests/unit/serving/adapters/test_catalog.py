@@ -7,12 +7,13 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from safetensors.torch import load, save
 from sqlalchemy import delete
 
 from serving.adapters.content import check_content
+from serving.adapters.storage.objects import KINDS, Kind
 from serving.errors import (
     IncompatibleAdapter,
-    InternalError,
     InvalidAdapter,
     InvalidValue,
     ModelNotFound,
@@ -20,7 +21,19 @@ from serving.errors import (
 )
 from serving.store.tables import adapters
 from serving.types import AdapterCatalog, Caller
-from tests.adapters import ANN, BOB, LAYOUT, OPERATOR, Site, adapter_files, with_config, write_files
+from tests.adapters import (
+    ANN,
+    BOB,
+    LAYOUT,
+    OPERATOR,
+    Site,
+    adapter_files,
+    small_checkpoint,
+    statements,
+    with_config,
+    write_files,
+)
+from vblora.checkpoint import BANK_KEY, bank_hash
 
 
 def add(site: Site, caller: Caller, name: str, seed: int, *, shared: bool = False) -> str:
@@ -492,15 +505,162 @@ def test_a_lost_state_does_not_take_the_bytes_along(site: Site, caplog: pytest.L
     assert site.stored() == {revision, other}
 
 
-@pytest.mark.parametrize(("damage", "word"), [("missing", "missing"), ("rotten", "damaged")])
-def test_lost_or_rotten_bytes_are_an_internal_error_for_that_adapter_alone(site: Site, damage: str, word: str) -> None:
-    add(site, ANN, "x", 1)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("word", ["missing", "damaged"])
+def test_lost_or_rotten_bytes_are_the_trouble_of_that_adapter_alone(stored_site: Site, kind: Kind, word: str) -> None:
+    site = stored_site
+    config, weights = adapter_files(1, bank_seed=1)
+    _, revision, _ = site.catalog.add(ANN, "x", config, weights)
     kept = add(site, ANN, "y", 2)
+    pin = site.catalog.pin("ann", "x")
+    digest = {"contents": pin.content_hash, "banks": site.residency.get(pin.content_hash).bank_hash}[kind]
+    site.restart()
+    if word == "missing":
+        site.storage.delete(digest, kind)
+    else:
+        site.spoil(digest, kind)
+    for _ in range(2):
+        with pytest.raises(InvalidAdapter, match=f"are {word}: upload the adapter again, with its bank"):
+            site.catalog.pin("ann", "x")
+    assert site.catalog.pin("ann", "y").revision == kept
+    assert [info.name for info in site.catalog.list("ann")] == ["x", "y"]
+    again = site.catalog.add(ANN, "x", config, weights)
+    assert (again[1].revision, again[2]) == (revision.revision, False)
+    site.restart()
+    assert site.catalog.pin("ann", "x").revision == revision.revision
+
+
+def test_another_content_in_a_contents_place_is_damage(site: Site) -> None:
+    """Sound by itself, but not what its name says."""
+    add(site, ANN, "x", 1)
     content_hash = site.catalog.pin("ann", "x").content_hash
     site.restart()
-    site.storage.delete(content_hash)
-    if damage == "rotten":
-        site.storage.put(content_hash, adapter_files(1)[0], b"rotten")
-    with pytest.raises(InternalError, match=word):
+    site.storage.put(content_hash, *adapter_files(2))
+    with pytest.raises(InvalidAdapter, match="damaged"):
         site.catalog.pin("ann", "x")
-    assert site.catalog.pin("ann", "y").revision == kept
+
+
+# --- banks ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_goes_with_the_last_that_is_on_it(stored_site: Site) -> None:
+    site = stored_site
+    site.catalog.add(ANN, "x", *adapter_files(1))
+    site.catalog.add(BOB, "y", *adapter_files(2))
+    (bank,) = site.stored_banks()
+    site.catalog.delete(ANN, "x")
+    assert site.stored_banks() == {bank}
+    site.restart()
+    site.catalog.pin("bob", "y").release()
+    site.catalog.delete(BOB, "y")
+    assert site.stored_banks() == site.stored() == set()
+
+
+def test_a_sweep_removes_old_banks_that_none_is_on(stored_site: Site) -> None:
+    site = stored_site
+    site.catalog.add(ANN, "x", *adapter_files(1))
+    for bank_seed, seconds in ((1, 3500), (2, 4000)):
+        content, bank = (f"{bank_seed}" * 64, bank_hash(small_checkpoint(bank_seed=bank_seed).bank))
+        site.storage.put(content, *adapter_files(9, bank_seed=bank_seed))
+        site.age(content, seconds)
+        site.age(bank, seconds, "banks")
+    (named,) = site.named_banks()
+    site.age(named, 4000, "banks")
+    site.catalog.sweep()
+    assert site.stored_banks() == {named, bank_hash(small_checkpoint(bank_seed=1).bank)}
+    assert site.stored() == site.named() | {"1" * 16}
+
+
+def without_bank(files: tuple[bytes, bytes]) -> tuple[bytes, bytes, str]:
+    """The two files without the bank, and what names it."""
+    tensors = load(files[1])
+    bank = tensors.pop(BANK_KEY)
+    return files[0], save(tensors, {"format": "pt"}), f"sha256:{bank_hash(bank)}"
+
+
+@pytest.mark.parametrize("whose", ["own", "shared"])
+def test_an_upload_may_name_a_bank_instead_of_bringing_it(stored_site: Site, whose: str) -> None:
+    site = stored_site
+    caller, shared = (ANN, False) if whose == "own" else (OPERATOR, True)
+    site.catalog.add(caller, "first", *adapter_files(1), shared=shared)
+    config, weights, bank = without_bank(adapter_files(2))
+    info, revision, created = site.catalog.add(ANN, "x", config, weights, bank=bank)
+    assert created and info.name == "x"
+    assert revision.bytes == sum(map(len, adapter_files(2)))  # as if the bank had come along
+    assert len(site.stored_banks()) == 1
+    site.restart()
+    assert site.catalog.pin("ann", "x").revision == revision.revision
+    _, same, created = site.catalog.add(ANN, "x", *adapter_files(2))
+    assert (same.revision, created) == (revision.revision, False)
+
+
+def test_a_bank_of_another_tenant_is_as_unknown_as_one_that_nobody_has(site: Site) -> None:
+    site.catalog.add(BOB, "secret", *adapter_files(1))
+    config, weights, foreign = without_bank(adapter_files(2))
+    told = []
+    for bank in (foreign, "sha256:" + "0" * 64):
+        for content in (weights, adapter_files(2)[1], b"rotten"):
+            with statements(site) as seen, pytest.raises(InvalidAdapter) as caught:
+                site.catalog.add(ANN, "x", config, content, bank=bank)
+            told.append((seen, caught.value.message, caught.value.param))
+    assert all(entry == told[0] for entry in told)
+    assert told[0][2] == "bank" and len(told[0][0]) == 1
+    assert site.catalog.list("ann") == []
+    site.catalog.add(BOB, "more", config, weights, bank=foreign)
+
+
+@pytest.mark.parametrize(
+    "bank", ["", "0" * 64, "sha256:", "sha256:" + "0" * 63, "sha256:" + "A" * 64, "md5:" + "0" * 64]
+)
+def test_what_cannot_be_a_hash_is_never_asked_for(site: Site, bank: str) -> None:
+    with statements(site) as seen, pytest.raises(InvalidValue) as caught:
+        site.catalog.add(ANN, "x", *adapter_files(1), bank=bank)
+    assert caught.value.param == "bank"
+    assert seen == []
+
+
+def test_a_bank_is_named_or_brought_not_both(site: Site) -> None:
+    site.catalog.add(ANN, "first", *adapter_files(1))
+    config, weights, bank = without_bank(adapter_files(2))
+    with pytest.raises(InvalidAdapter, match="hold a bank") as caught:
+        site.catalog.add(ANN, "x", *adapter_files(2), bank=bank)
+    assert caught.value.param == "bank"
+    with pytest.raises(InvalidAdapter, match="is missing"):
+        site.catalog.add(ANN, "x", config, weights)
+
+
+@pytest.mark.parametrize("word", ["missing", "damaged"])
+def test_a_bank_whose_bytes_are_lost_or_rotten_can_not_be_named(site: Site, word: str) -> None:
+    site.catalog.add(ANN, "first", *adapter_files(1))
+    config, weights, bank = without_bank(adapter_files(2))
+    (digest,) = site.stored_banks()
+    if word == "missing":
+        site.storage.delete(digest, "banks")
+    else:
+        site.spoil(digest, "banks")
+    with pytest.raises(InvalidAdapter, match=f"this bank are {word}") as caught:
+        site.catalog.add(ANN, "x", config, weights, bank=bank)
+    assert caught.value.param == "bank"
+    site.catalog.add(ANN, "x", *adapter_files(2))  # which brings it
+    site.catalog.add(ANN, "y", config, weights, bank=bank)
+
+
+def test_lifecycle_on_either_storage(stored_site: Site) -> None:
+    """Uploads, activation, removal, a restart and a sweep, as the tests above try one by one."""
+    site = stored_site
+    first, second = add(site, ANN, "x", 1), add(site, ANN, "x", 2)
+    site.catalog.activate(ANN, "x", first)
+    shared = add(site, OPERATOR, "s", 3, shared=True)
+    site.restart()
+    assert site.catalog.pin("ann", "x").revision == first
+    assert site.catalog.pin("ann", "x", second).revision == second
+    assert site.catalog.pin("bob", "s").revision == shared
+    site.catalog.delete_revision(ANN, "x", second)
+    assert site.stored() == {first, shared}
+    site.age_all(4000)
+    site.restart()
+    assert site.stored() == site.named() == {first, shared}
+    assert site.catalog.pin("ann", "x").revision == first
+    site.catalog.delete(ANN, "x")
+    site.catalog.delete_shared("s")
+    assert site.stored() == site.stored_banks() == set()

@@ -43,7 +43,7 @@ def view(catalog: Catalog) -> dict[str, Any]:
 
 
 def add_new(catalog: Catalog) -> None:
-    catalog.add(ANN, "new", *adapter_files(7))
+    catalog.add(ANN, "new", *adapter_files(7, bank_seed=1))
 
 
 def add_and_prune(catalog: Catalog) -> None:
@@ -83,7 +83,7 @@ def copies(tmp_path: Path, database_url: str, request: pytest.FixtureRequest) ->
     site = Site(tmp_path / "data", keep_revisions=2, url=database_url)
     for seed in (1, 2):
         site.catalog.add(ANN, "x", *adapter_files(seed))
-    site.catalog.add(OPERATOR, "s", *adapter_files(3), shared=True)
+    site.catalog.add(OPERATOR, "s", *adapter_files(3, bank_seed=2), shared=True)
     site.catalog.set_default("ann", "x")
     site.catalog.set_default("bob", "s")
     site.close()
@@ -109,10 +109,11 @@ def after_restart(site: Site) -> dict[str, Any]:
     seen = view(site.catalog)
     assert registered(site) == replayed(site)
     assert site.stored() >= site.named()
-    for content_hash in site.storage.sizes():
-        site.age(content_hash, 4000)
+    assert site.stored_banks() >= site.named_banks()
+    site.age_all(4000)
     site.catalog.sweep()
     assert site.stored() == site.named()
+    assert site.stored_banks() == site.named_banks()
     assert list(site.data.rglob(".partial-*")) == []
     return seen
 
@@ -157,6 +158,31 @@ def test_a_failure_at_any_write_leaves_old_or_new(copies: Copies, change: Callab
     assert running == restarted
 
 
+@pytest.mark.parametrize("change", [add_new, add_and_prune, activate, delete])
+def test_a_failure_at_any_write_to_a_bucket_leaves_old_or_new(
+    stored_site: Site, tmp_path: Path, change: Callable[[Catalog], None]
+) -> None:
+    """The same as above, with the bytes elsewhere than in the data folder, and once more in it."""
+    for seed in (1, 2):
+        stored_site.catalog.add(ANN, "x", *adapter_files(seed))
+    stored_site.close()
+    states: list[dict[str, Any]] = []
+    failed, failures = True, 0
+    while failed:
+        data = Path(shutil.copytree(stored_site.data, tmp_path / f"copy{failures}"))
+        bucket = stored_site.bucket and stored_site.bucket.copy()
+        site = Site(data, keep_revisions=2, bucket=bucket)
+        old = view(site.catalog)
+        failed = fails_at(failures, partial(change, site.catalog))
+        states.append(view(site.catalog))
+        assert after_restart(site) == states[-1]
+        site.close()
+        failures += 1
+    assert failures > 4
+    assert old != states[-1]
+    assert all(state in (old, states[-1]) for state in states)
+
+
 def test_after_a_failure_the_running_catalog_goes_on(copies: Copies) -> None:
     failed, failure = True, 0
     while failed:
@@ -172,28 +198,30 @@ def test_after_a_failure_the_running_catalog_goes_on(copies: Copies) -> None:
 
 
 def test_bytes_that_could_not_be_removed_are_removed_later(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(content_hash: str) -> None:
+    def refuse(*_: str) -> None:
         raise OSError("read-only")
 
-    site.catalog.add(ANN, "x", *adapter_files(1))
+    site.catalog.add(ANN, "x", *adapter_files(1, bank_seed=1))
     _, kept, _ = site.catalog.add(ANN, "y", *adapter_files(2))
     with monkeypatch.context() as broken:
         broken.setattr(site.storage, "delete", refuse)
         site.catalog.delete(ANN, "x")
     with pytest.raises(ModelNotFound):
         site.catalog.pin("ann", "x")
-    assert len(site.stored()) == 2
+    assert len(site.stored()) == len(site.stored_banks()) == 2
     site.catalog.set_default("ann", "y")
     assert site.stored() == {kept.revision}
+    assert site.stored_banks() == site.named_banks()
 
 
 def test_bytes_of_a_failed_add_are_removed_by_the_next_change(copies: Copies) -> None:
     site = copies()
     orphaned, failure = 0, 0
-    while fails_at(failure, lambda: site.catalog.add(ANN, "new", *adapter_files(7))):
-        orphaned += site.stored() != site.named()
+    while fails_at(failure, lambda: site.catalog.add(ANN, "new", *adapter_files(7, bank_seed=1))):
+        orphaned += site.stored() != site.named() and site.stored_banks() != site.named_banks()
         site.catalog.set_default("ann", "x")
         assert site.stored() == site.named()
+        assert site.stored_banks() == site.named_banks()
         if "new" in [info.name for info in site.catalog.list("ann")]:  # only what follows the commit failed
             site.catalog.delete(ANN, "new")
         failure += 1
@@ -221,6 +249,7 @@ def test_kills_at_random_moments_leave_a_registry_that_serves(tmp_path: Path, da
         view(site.catalog)
         assert registered(site) == replayed(site)
         assert site.stored() >= site.named()
+        assert site.stored_banks() >= site.named_banks()
         assert all(stored.modified > time.time() - 600 for stored in site.storage.sizes().values())
     assert len(site.tables()["audit"]) > 75  # each process was let make one change, and then some were killed in others
     after_restart(site)

@@ -7,14 +7,17 @@ from pathlib import Path
 from threading import Barrier, Event
 
 import pytest
+from torch import Tensor
 
 from serving.adapters.content import ContentLoader, check_content, read_folder, resolve_folder
-from serving.adapters.storage import LocalStorage
-from serving.errors import IncompatibleAdapter, InternalError, InvalidAdapter, InvalidValue
+from serving.adapters.storage.folder import open_folder
+from serving.adapters.storage.local import LocalObjects
+from serving.adapters.storage.revisions import RevisionStorage
+from serving.errors import IncompatibleAdapter, InvalidAdapter, InvalidValue, StorageUnavailable
 from tests.adapters import LAYOUT, adapter_files, small_checkpoint, with_config, write_files
 from vblora.checkpoint import content_hash
 
-KEY, OTHER = "a" * 64, "b" * 64
+KEY, OTHER = (content_hash(small_checkpoint(seed)) for seed in (1, 2))
 
 
 def test_content_is_named_by_its_hash() -> None:
@@ -143,16 +146,16 @@ def test_a_missing_or_special_file_is_named_without_its_folder(tmp_path: Path, n
         read_folder(folder, [tmp_path])
 
 
-class SlowStorage(LocalStorage):
+class SlowStorage(RevisionStorage):
     """Waits for `go` before it reads `KEY`, and counts."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__(root)
+        super().__init__(LocalObjects(root))
         self.reads = 0
         self.reading = Event()
         self.go = Event()
 
-    def get(self, content_hash: str) -> tuple[bytes, bytes]:
+    def get(self, content_hash: str) -> tuple[bytes, dict[str, Tensor]]:
         self.reads += 1
         if content_hash == KEY:
             self.reading.set()
@@ -183,20 +186,26 @@ def test_a_content_asked_for_by_many_is_read_once_and_stalls_no_other(tmp_path: 
 
 
 def test_a_failed_load_fails_for_all_and_is_tried_again(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
+    storage = open_folder(tmp_path)
     loader = ContentLoader(storage, LAYOUT.compact)
     with pytest.raises(KeyError):
         loader.load(KEY)
-    storage.put(KEY, adapter_files()[0], b"rotten")
-    with pytest.raises(InternalError, match="damaged"):
+    storage.put(KEY, *adapter_files(2))
+    with pytest.raises(InvalidAdapter, match="damaged: upload the adapter again"):
         loader.load(KEY)
-    storage.delete(KEY)
-    storage.put(KEY, *adapter_files())
+    storage.put(KEY, *adapter_files(1))
     assert loader.load(KEY).rank == 2
 
 
 def test_stored_content_that_does_not_fit_another_base_is_incompatible(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
-    storage.put(KEY, *adapter_files(rank=9))
+    storage = open_folder(tmp_path)
+    digest = content_hash(small_checkpoint(rank=9))
+    storage.put(digest, *adapter_files(rank=9))
     with pytest.raises(IncompatibleAdapter):
-        ContentLoader(storage, LAYOUT.compact).load(KEY)
+        ContentLoader(storage, LAYOUT.compact).load(digest)
+
+
+def test_a_storage_that_does_not_answer_says_nothing_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "contents" / KEY).mkdir(parents=True)
+    with pytest.raises(StorageUnavailable, match="try again"):
+        ContentLoader(open_folder(tmp_path), LAYOUT.compact).load(KEY)

@@ -5,25 +5,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import select
 
 from benchmarks.bench_registry import register_many
 from serving.adapters.catalog import COMMAND_LINE, Catalog
 from serving.adapters.records import SHARED, Adapter, Revision
 from serving.adapters.registry import Registry
 from serving.adapters.residency import Residency
-from serving.adapters.storage import LocalStorage
+from serving.adapters.storage.local import LocalObjects
+from serving.adapters.storage.objects import Kind
+from serving.adapters.storage.revisions import RevisionStorage
 from serving.errors import InvalidValue, ModelNotFound, PermissionDenied, ServingError
 from serving.store.tables import audit, defaults
 from serving.types import Caller
-from tests.adapters import ANN, BASE, BOB, LAYOUT, OPERATOR, Site, adapter_files, registered, replayed, write_files
+from tests.adapters import (
+    ANN,
+    BASE,
+    BOB,
+    LAYOUT,
+    OPERATOR,
+    Site,
+    adapter_files,
+    registered,
+    replayed,
+    statements,
+    write_files,
+)
 
 
 @pytest.fixture
@@ -34,34 +48,18 @@ def beside(site: Site) -> Iterator[Site]:
     other.close()
 
 
-@contextmanager
-def statements(site: Site) -> Iterator[list[str]]:
-    """The statements that its database gets while the block runs, transactions' beginnings and ends left out."""
-    seen: list[str] = []
-
-    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
-        if not statement.startswith("BEGIN"):
-            seen.append(statement)
-
-    event.listen(site.database, "before_cursor_execute", note)
-    try:
-        yield seen
-    finally:
-        event.remove(site.database, "before_cursor_execute", note)
-
-
 @dataclass
-class CountingStorage(LocalStorage):
+class CountingStorage(RevisionStorage):
     """A storage that knows how often each of its methods was called."""
 
     root: Path
     calls: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        super().__init__(self.root)
+        super().__init__(LocalObjects(self.root))
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("put", "get", "delete", "modified", "sizes"):
+        if name in ("put", "get", "bank", "holds", "delete", "sizes"):
             self.calls[name] += 1
         return super().__getattribute__(name)
 
@@ -234,8 +232,8 @@ def test_a_sweep_spares_what_is_named_while_it_runs(site: Site, beside: Site) ->
     site.age(content_hash, 4000)
     sizes = site.storage.sizes
 
-    def sizes_then_name() -> Any:
-        found = sizes()
+    def sizes_then_name(kind: Kind) -> Any:
+        found = sizes(kind)
         beside.catalog.add(BOB, "y", *adapter_files(1))
         return found
 
