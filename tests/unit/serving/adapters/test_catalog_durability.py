@@ -141,7 +141,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new(
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_failure_at_any_write_leaves_old_or_new(copies: Copies, change: Callable[[Catalog], None]) -> None:
-    """Seen to fail where the files of a content are written in place."""
+    """Fails where the files of a content are written in place."""
     old = view(copies().catalog)
     running: list[dict[str, Any]] = []
     restarted: list[dict[str, Any]] = []
@@ -229,7 +229,7 @@ def test_bytes_of_a_failed_add_are_removed_by_the_next_change(copies: Copies) ->
 
 
 def test_kills_at_random_moments_leave_a_registry_that_serves(tmp_path: Path, database_url: str) -> None:
-    """Seen to fail where bytes are stored after the registry names them."""
+    """Fails where bytes are stored after the registry names them."""
     site = Site(tmp_path / "data", keep_revisions=2, url=database_url)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.changer"])
