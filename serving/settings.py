@@ -29,7 +29,7 @@ from serving.types import EngineSettings, TenantLimits
 
 ENV_PREFIX = "VBLORA_"
 # No endpoint, user or password: those are the environment's.
-_STORAGE_URL = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/[A-Za-z0-9._=-]+)*/?|file:///.+")
+_STORAGE_URL = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*/?|file:///.+")
 MODEL_HELP = "Base model: a hub id, a folder, a .gguf file, or `demo`, which also registers the shipped adapters."
 
 

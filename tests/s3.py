@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -44,6 +45,10 @@ class Bucket:
         """Let an object look as if it had been put at this time."""
         self._keys()[f"{self.prefix}/{key}"].last_modified = datetime.fromtimestamp(then, UTC).replace(tzinfo=None)
 
+    def fill(self, key: str) -> None:
+        """Put an object, without a request."""
+        _backend().put_object(BUCKET, f"{self.prefix}/{key}", b"x")
+
     def held(self) -> set[str]:
         """All keys of this place."""
         return {key.removeprefix(f"{self.prefix}/") for key in self._keys() if key.startswith(f"{self.prefix}/")}
@@ -58,11 +63,8 @@ class Bucket:
             there.put(key, here.get(key))
         return other
 
-    def _keys(self):  # type: ignore[no-untyped-def]
-        from moto.core import DEFAULT_ACCOUNT_ID
-        from moto.s3.models import s3_backends
-
-        return s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].keys
+    def _keys(self) -> Any:
+        return _backend().buckets[BUCKET].keys
 
 
 def new_bucket() -> Bucket:
@@ -70,18 +72,25 @@ def new_bucket() -> Bucket:
     return Bucket(f"test{next(_numbers)}")
 
 
+def _backend() -> Any:
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    return s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+
+
 @contextmanager
 def running() -> Iterator[None]:
     """Serve the bucket, and let the environment lead to it, until the block ends."""
-    from moto.core import DEFAULT_ACCOUNT_ID
-    from moto.s3.models import s3_backends
     from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # else a line a request
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()
-        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].create_bucket(BUCKET, "us-east-1")
+        _backend().create_bucket(BUCKET, "us-east-1")
         with pytest.MonkeyPatch.context() as monkeypatch:
             for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
                 monkeypatch.setenv(name, value)

@@ -21,6 +21,7 @@ from tests.adapters import ANN, OPERATOR, Site, adapter_files, registered, repla
 from tests.changer import change_forever
 from tests.failpoints import fails_at, snapshots
 from tests.postgres import Postgres
+from tests.s3 import new_bucket
 
 TENANTS = ("ann", "bob")
 
@@ -160,18 +161,19 @@ def test_a_failure_at_any_write_leaves_old_or_new(copies: Copies, change: Callab
 
 @pytest.mark.parametrize("change", [add_new, add_and_prune, activate, delete])
 def test_a_failure_at_any_write_to_a_bucket_leaves_old_or_new(
-    stored_site: Site, tmp_path: Path, change: Callable[[Catalog], None]
+    s3_server: None, tmp_path: Path, change: Callable[[Catalog], None]
 ) -> None:
-    """The same as above, with the bytes elsewhere than in the data folder, and once more in it."""
+    bucket = new_bucket()
+    first = Site(tmp_path / "data", keep_revisions=2, bucket=bucket)
     for seed in (1, 2):
-        stored_site.catalog.add(ANN, "x", *adapter_files(seed))
-    stored_site.close()
+        first.catalog.add(ANN, "x", *adapter_files(seed))
+    first.catalog.add(ANN, "y", *adapter_files(3, bank_seed=2))
+    first.close()
     states: list[dict[str, Any]] = []
     failed, failures = True, 0
     while failed:
-        data = Path(shutil.copytree(stored_site.data, tmp_path / f"copy{failures}"))
-        bucket = stored_site.bucket and stored_site.bucket.copy()
-        site = Site(data, keep_revisions=2, bucket=bucket)
+        data = Path(shutil.copytree(first.data, tmp_path / f"copy{failures}"))
+        site = Site(data, keep_revisions=2, bucket=bucket.copy())
         old = view(site.catalog)
         failed = fails_at(failures, partial(change, site.catalog))
         states.append(view(site.catalog))

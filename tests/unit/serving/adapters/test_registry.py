@@ -232,7 +232,7 @@ def test_a_sweep_spares_what_is_named_while_it_runs(site: Site, beside: Site) ->
     site.age(content_hash, 4000)
     sizes = site.storage.sizes
 
-    def sizes_then_name(kind: Kind) -> Any:
+    def sizes_then_name(kind: Kind = "contents") -> Any:
         found = sizes(kind)
         beside.catalog.add(BOB, "y", *adapter_files(1))
         return found

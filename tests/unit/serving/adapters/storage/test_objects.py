@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,30 @@ import pytest
 from serving.adapters.storage.local import LocalObjects
 from serving.adapters.storage.objects import Objects, key_of
 from serving.adapters.storage.s3 import S3Objects
-from tests.s3 import new_bucket
+from tests.s3 import Bucket, new_bucket
 
 KEY, OTHER, BANK = "contents/" + "a" * 64, "contents/" + "b" * 64, "banks/" + "a" * 64
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Objects]:
-    """Opens one place again and again."""
+def bucket(request: pytest.FixtureRequest) -> Bucket | None:
+    """A place in a bucket, or none: then it is a folder."""
     if request.param == "folder":
-        return lambda: LocalObjects(tmp_path / "deep" / "adapters")
+        return None
     request.getfixturevalue("s3_server")
-    bucket = new_bucket()
-    return lambda: S3Objects(bucket.url)
+    return new_bucket()
+
+
+@pytest.fixture
+def reopen(bucket: Bucket | None, tmp_path: Path) -> Callable[[], Objects]:
+    """Opens one place again and again."""
+    return lambda: LocalObjects(tmp_path / "deep" / "adapters") if bucket is None else S3Objects(bucket.url)
+
+
+@pytest.fixture
+def fill(bucket: Bucket | None, objects: Objects) -> Callable[[str], None]:
+    """Puts an object there by a short way."""
+    return partial(objects.put, data=b"x") if bucket is None else bucket.fill
 
 
 @pytest.fixture
@@ -66,10 +78,10 @@ def test_what_is_deleted_is_gone(objects: Objects) -> None:
     assert objects.list("banks") == {}
 
 
-def test_more_than_a_page_of_objects_is_listed_whole(objects: Objects) -> None:
+def test_more_than_a_page_of_objects_is_listed_whole(objects: Objects, fill: Callable[[str], None]) -> None:
     digests = {f"{number:064x}" for number in range(1100)}
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda digest: objects.put(f"banks/{digest}", b"x"), digests))
+    for digest in digests:
+        fill(f"banks/{digest}")
     assert set(objects.list("banks")) == digests
 
 
