@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from serving.types import Caller, EngineSettings, GenerationRequest, SamplingPar
 from vblora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, AdapterCheckpoint, write_adapter
 
 GROWTH_BYTES = 10 * 2**20
+LEAKED_BYTES = 2**17
 CONTENTS, ASKED_EVERY = 8, 10
 CALLER = Caller("acme", frozenset({"tenant"}))
 Contents = list[tuple[bytes, bytes]]
@@ -95,7 +97,9 @@ def cycle(engine: Engine, catalog: Catalog, files: Contents, count: int, kept: l
             pin.release()
         catalog.delete(CALLER, name)
         if kept is not None:
-            kept.append((bytearray(os.urandom(2**17)), os.open(os.devnull, os.O_RDONLY)))
+            page = mmap(-1, LEAKED_BYTES)  # of its own: what malloc gives may be memory that was freed before
+            page.write(os.urandom(LEAKED_BYTES))
+            kept.append((page, os.open(os.devnull, os.O_RDONLY)))
 
 
 def measure(engine: Engine, catalog: Catalog, files: Contents, count: int, kept: list[Any] | None = None) -> list[str]:

@@ -10,6 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.adapters.catalog import Catalog
 from serving.adapters.watched import WatchedFolder
+from serving.errors import StorageUnavailable
 
 SWEEP_SECONDS = 3600.0
 WATCH_SECONDS = 2.0
@@ -35,7 +36,7 @@ async def watch(folder: WatchedFolder) -> None:
         try:
             await asyncio.to_thread(folder.poll)
             told = ""
-        except (OSError, SQLAlchemyError) as error:
+        except (OSError, StorageUnavailable, SQLAlchemyError) as error:
             if told != str(error):
                 told = str(error)
                 _log.warning("the watched folder cannot be followed now: %s", told)

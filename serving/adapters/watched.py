@@ -13,7 +13,7 @@ from threading import Event
 
 from serving.adapters.content import read_folder
 from serving.adapters.declarations import Declarations
-from serving.errors import ServingError
+from serving.errors import ServingError, StorageUnavailable
 from vblora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class WatchedFolder:
         self._closed = Event()
 
     def poll(self) -> None:
-        """Raises `OSError` and SQLAlchemy's errors; what could not be done is done by a later poll."""
+        """Raises `OSError`, `StorageUnavailable` and SQLAlchemy's errors; a later poll does what could not be done."""
         with os.scandir(self._root) as entries:
             stamps = {entry.name: self._stamp(entry.name) for entry in entries if _is_folder(entry)}
         before, self._seen = self._seen, {name: _Seen(stamp) for name, stamp in stamps.items()}
@@ -72,6 +72,8 @@ class WatchedFolder:
                 _log.info("adapter %s taken from its folder", name)
         except _ChangingError:
             return
+        except StorageUnavailable:
+            raise
         except ServingError as error:
             _log.warning("folder %r is not taken until it changes: %s", name, error.message)
         seen.done = True

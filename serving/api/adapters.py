@@ -59,10 +59,13 @@ async def get_adapter(name: str, context: Context, caller: CallerOf) -> AdapterE
     openapi_extra=UPLOAD_BODY,
 )
 async def upload_adapter(request: Request, context: Context, caller: CallerOf) -> Response:
-    """Validate, store and activate an adapter."""
+    """Validate, store and activate an adapter, which all tenants may use if an operator's key brings it."""
     upload = await _read_upload(request, context.caps.upload_bytes)
-    within = await context.threads.run(caller.tenant, context.quotas.adapter_quota, caller.tenant)
-    add = partial(context.catalog.add, caller, **upload, within=within)
+    shared = context.keyed and "operator" in caller.roles
+    within = None
+    if not shared:
+        within = await context.threads.run(caller.tenant, context.quotas.adapter_quota, caller.tenant)
+    add = partial(context.catalog.add, caller, **upload, shared=shared, within=within)
     info, revision, is_new = await _timed(context, caller, "upload", add)
     reply = UploadReply(
         name=info.name,

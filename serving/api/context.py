@@ -62,7 +62,7 @@ class ApiObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ApiContext:
-    """The parts behind the routes. `hosts` None answers any Host header; `keyed` is for the specification."""
+    """The parts behind the routes. `hosts` None answers any Host header; a `keyed` server asks for keys."""
 
     engine: EngineClient
     codec: TextCodec

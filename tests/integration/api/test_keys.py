@@ -174,6 +174,20 @@ def test_the_command_line_beside_it_is_heard_within_a_second(house: Keyed, folde
         ops.delete("/admin/tenants/zoe")
 
 
+def test_what_an_operator_uploads_is_for_all_to_use_and_for_operators_to_change(house: Keyed, files: Files) -> None:
+    with house.client("ops") as ops, house.client("acme") as acme:
+        assert ops.post("/v1/adapters", **files.upload("offer", 2)).status_code == 201
+        assert acme.get("/v1/adapters/offer").json()["shared"] is True
+        answer = acme.post("/v1/completions", json={"model": "offer", "prompt": "the fox", "max_tokens": 2})
+        assert answer.status_code == 200
+        assert acme.delete("/v1/adapters/offer").status_code == 403
+        assert acme.post("/v1/adapters", **files.upload("offer", 3)).status_code == 201, "a tenant's own name wins"
+        assert acme.get("/v1/adapters/offer").json()["shared"] is False
+        assert acme.delete("/v1/adapters/offer").status_code == 204
+        assert ops.delete("/v1/adapters/offer").status_code == 204
+        assert acme.get("/v1/adapters/offer").status_code == 404
+
+
 def test_keys_are_neither_logged_nor_stored(
     files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,7 +87,7 @@ def test_vllms_gauges_come_where_they_are_wanted_with_one_series_for_adapters() 
     stats = EngineStats(1, 2, 3, 4, 5, 6, running_revisions=running, waiting_revisions=waiting)
     metrics, plain = Metrics(CollectorRegistry(), vllm=True), Metrics(CollectorRegistry())
     for each in (metrics, plain):
-        each.watch(lambda: stats, lambda: AdapterGauges(8, 9, 10, 11, 12))
+        each.watch(lambda: stats, lambda: AdapterGauges(8, 9, 10, 11, 12, 13))
     sample = metrics.registry.get_sample_value
     assert (sample("vllm:num_requests_running"), sample("vllm:num_requests_waiting")) == (1, 2)
     assert sample("vllm:kv_cache_usage_perc") == 0.75

@@ -15,7 +15,7 @@ from serving.adapters import watched
 from serving.adapters.content import check_content
 from serving.adapters.records import shown_revision
 from serving.adapters.watched import WatchedFolder
-from serving.errors import ModelNotFound
+from serving.errors import ModelNotFound, StorageUnavailable
 from serving.store.tables import audit
 from tests.adapters import ANN, LAYOUT, OPERATOR, Site, adapter_files, write_files
 from vblora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
@@ -262,7 +262,7 @@ def test_what_the_storage_refuses_is_tried_again(watch: Watch, monkeypatch: pyte
 
     monkeypatch.setattr(watch.site.storage, "put", full)
     for _ in range(2):
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(StorageUnavailable):
             watch.folder.poll()
     monkeypatch.undo()
     watch.folder.poll()
