@@ -34,8 +34,9 @@ class Banks:
             raise InvalidValue(f"bank: write {_ALGORITHM} and 64 lower-case hex digits", param="bank")
         if not self._registry.may_use_bank(tenant, digest):
             raise InvalidAdapter("No adapter of yours and no shared one is on a bank with this hash.", param="bank")
+        tensor = self._read(digest)
         try:
-            return join_bank(weights, self._read(digest))
+            return join_bank(weights, tensor)
         except CheckpointError as error:
             raise InvalidAdapter(str(error), param="bank") from error
 
