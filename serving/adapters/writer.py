@@ -25,7 +25,7 @@ Added = tuple[Adapter, Revision, bool]
 
 
 class Writer:
-    """Changes of one process, one at a time; those of others may come between any two of its steps.
+    """Changes of one process, one at a time but for their bytes; other processes' may come between any two steps.
 
     A crash between two steps leaves the old state or the new one, at worst with bytes that nothing names: these are
     swept later. `memory` is held while contents that nothing names any more are taken out of memory.
@@ -52,14 +52,20 @@ class Writer:
 
     @contextmanager
     def adding(self, caller: Caller, content: Content) -> Iterator[Change]:
-        """The same, in which a revision may name `content`, whose bytes are stored and whose adapter is resident."""
-        with self._writing:
-            self._orphans.add({content.content_hash}, {content.bank_hash})  # until the registry names them
+        """The same, in which a revision may name `content`, whose bytes are stored and whose adapter is resident.
+
+        The bytes are stored before it is this change's turn: others need not wait for a slow storage.
+        """
+        try:
             self._store(content)
-            with self._change(caller, content) as change:
-                # Another process may have removed equal bytes since; while this change lasts, none can.
+            with self._writing, self._change(caller, content) as change:
+                # Somebody may have removed equal bytes since; while this change lasts, nobody can.
                 self._store(content, unless_there=True)
                 yield change
+        except BaseException:
+            self._orphans.add({content.content_hash}, {content.bank_hash})
+            self._orphans.remove()
+            raise
 
     def _store(self, content: Content, *, unless_there: bool = False) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from serving.adapters.slots import SlotPool
 from serving.engine.block_keys import BlockKeys
@@ -40,6 +40,7 @@ class Scheduler:
         self._keys = BlockKeys(blocks.block_size)
         self._waiting: dict[str, list[RequestState]] = {}
         self._fills: list[Fill] = []
+        self._some_sat_out = False
 
     @property
     def num_waiting(self) -> int:
@@ -65,7 +66,11 @@ class Scheduler:
         self._admit()
         # a row that went for another tenant's may even have come back, with less of it computed
         chunks = [chunk for chunk in chunks if chunk.state in self.running and chunk.start == chunk.state.computed]
-        chunks += self._prefill({chunk.state.order for chunk in chunks}, self.max_batched_tokens - len(chunks))
+        sit_out = self._sit_out()
+        chunks = [chunk for chunk in chunks if chunk.state.request.tenant not in sit_out]
+        decoding = {chunk.state.order for chunk in chunks}
+        prompts = [s for s in self.running if s.order not in decoding and s.request.tenant not in sit_out]
+        chunks += self._prefill(prompts, self.max_batched_tokens - len(chunks))
         chunks.sort(key=lambda chunk: chunk.length > 1)
         for chunk in chunks:
             if chunk.samples:
@@ -84,9 +89,18 @@ class Scheduler:
                     chunks.append(chunk)
         return chunks
 
-    def _prefill(self, decoding: Collection[int], budget: int) -> list[Chunk]:
-        """Share `budget` tokens among the tenants of requests that are not `decoding` (their orders), by weight."""
-        states = sorted((s for s in self.running if s.order not in decoding), key=lambda state: state.order)
+    def _sit_out(self) -> set[str]:
+        """Tenants that have no part in this step: with more than their part of the rows and a queue besides, when the
+        prompt of one that came alone is to be read, which so waits for one of their steps at most. Never twice in a
+        row."""
+        over = {tenant for tenant, count in self._rows().items() if count > self._part(tenant)} & self._waiting.keys()
+        due = any(s.alone and not s.prompt_done and s.request.tenant not in over for s in self.running)
+        self._some_sat_out = due and bool(over) and not self._some_sat_out
+        return over if self._some_sat_out else set()
+
+    def _prefill(self, states: Sequence[RequestState], budget: int) -> list[Chunk]:
+        """Share `budget` tokens among the tenants of `states`, by weight."""
+        states = sorted(states, key=lambda state: state.order)
         wanted = {state.order: state.remaining for state in states}
         for tenant, tokens in self._share([state for state in states if state.scoring], wanted, SCORED_TOKENS).items():
             _cut([state for state in states if state.scoring and state.request.tenant == tenant], wanted, tokens)

@@ -129,7 +129,7 @@ def _long(stream: bool) -> dict[str, Any]:
 
 
 def test_draining_lets_streams_end_while_the_listener_stays_open(files: Files, tmp_path: Path) -> None:
-    """Fails with uvicorn's own `handle_exit`, which closes the listener at once."""
+    """Seen to fail with uvicorn's own `handle_exit`, which closes the listener at once."""
     with (
         serving(files, tmp_path) as server,
         httpx.Client(timeout=60) as client,

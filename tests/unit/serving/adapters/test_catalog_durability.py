@@ -142,7 +142,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new(
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_failure_at_any_write_leaves_old_or_new(copies: Copies, change: Callable[[Catalog], None]) -> None:
-    """Fails where the files of a content are written in place."""
+    """Seen to fail where bytes are stored after the registry names them."""
     old = view(copies().catalog)
     running: list[dict[str, Any]] = []
     restarted: list[dict[str, Any]] = []
@@ -216,22 +216,20 @@ def test_bytes_that_could_not_be_removed_are_removed_later(site: Site, monkeypat
     assert site.stored_banks() == site.named_banks()
 
 
-def test_bytes_of_a_failed_add_are_removed_by_the_next_change(copies: Copies) -> None:
+def test_bytes_of_a_failed_add_are_removed(copies: Copies) -> None:
     site = copies()
-    orphaned, failure = 0, 0
+    failure = 0
     while fails_at(failure, lambda: site.catalog.add(ANN, "new", *adapter_files(7, bank_seed=1))):
-        orphaned += site.stored() != site.named() and site.stored_banks() != site.named_banks()
-        site.catalog.set_default("ann", "x")
         assert site.stored() == site.named()
         assert site.stored_banks() == site.named_banks()
         if "new" in [info.name for info in site.catalog.list("ann")]:  # only what follows the commit failed
             site.catalog.delete(ANN, "new")
         failure += 1
-    assert orphaned
+    assert failure > 5
 
 
 def test_kills_at_random_moments_leave_a_registry_that_serves(tmp_path: Path, database_url: str) -> None:
-    """Fails where bytes are stored after the registry names them."""
+    """Seen to fail where bytes are stored after the registry names them."""
     site = Site(tmp_path / "data", keep_revisions=2, url=database_url)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.changer"])

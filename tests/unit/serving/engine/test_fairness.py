@@ -165,6 +165,43 @@ def test_below_its_part_a_tenant_without_a_queue_need_not_be_the_least_served() 
     assert [entry in trace.subject.running for entry in queued] == [True, False], "who has a queue takes turns"
 
 
+def test_who_has_too_many_rows_sits_out_one_step_for_the_prompt_of_one_that_comes_alone() -> None:
+    trace = Trace(scheduler())
+    trace.subject.add(state("small", 5, answer=1000))
+    for _ in range(3 * ROWS):
+        trace.subject.add(state("flood", 5, answer=1000))
+    for _ in range(5):
+        trace.step()
+    trace.subject.add(late := state("small", 5, answer=1000))
+    plan = trace.step()
+    assert [chunk.state.request.tenant for chunk in plan.chunks] == ["small", "small"], "its other answer goes on"
+    assert late.num_generated == 1
+    assert Counter(chunk.state.request.tenant for chunk in trace.step().chunks) == {"small": 2, "flood": ROWS - 2}
+
+
+def test_nobody_sits_out_two_steps_in_a_row_whatever_others_send() -> None:
+    trace = Trace(scheduler())
+    for _ in range(2 * ROWS):
+        trace.subject.add(state("flood", 5, answer=1000))
+    for _ in range(5):
+        trace.step()
+    before = trace.generated.copy()
+    for _ in range(40):
+        trace.subject.add(state("eager", 5, answer=1))
+        trace.step()
+    assert trace.generated["eager"] - before["eager"] == 40
+    assert trace.generated["flood"] - before["flood"] == 20 * (ROWS - 1)
+
+
+@pytest.mark.parametrize("first", [["large"] * 6, ["a", "b", "c", "d", "e", "e", "f"]], ids=["no queue", "their part"])
+def test_nobody_sits_out_without_a_queue(first: list[str]) -> None:
+    trace = Trace(scheduler())
+    for tenant in [*first, "late"]:
+        trace.subject.add(state(tenant, 2, answer=1000))
+        trace.step()
+    assert [running.num_generated for running in trace.subject.running] == [*range(len(first) + 1, 0, -1)]
+
+
 def test_a_row_taken_at_a_step_has_no_stale_part_in_it() -> None:
     trace = Trace(scheduler(rows=2))
     rows = [state("flood", 5, answer=1000) for _ in range(2)]
@@ -187,6 +224,7 @@ def test_a_row_that_goes_and_comes_back_within_a_step_begins_where_its_cache_end
         subject.add(entry)
     Trace(subject).step()
     subject.add(late := state("late", 28, weight=3.0))
+    subject._some_sat_out = True  # or the flood would not be in the next step
     plan = subject.schedule()
     assert [entry.preemptions for entry in rows] == [0, 1, 1]
     assert {chunk.state.order for chunk in plan.chunks} == {rows[0].order, rows[2].order, late.order}
