@@ -49,7 +49,7 @@ RULES: dict[str, set[str]] = {
     "serving/store": {"serving.store", "sqlalchemy", "alembic"},
     "serving/app.py": ANYTHING,
     "serving/listeners.py": CONTRACTS | {"uvicorn", "starlette"},
-    "serving/upkeep.py": {"serving.adapters", "sqlalchemy"},
+    "serving/upkeep.py": CONTRACTS | {"serving.adapters", "sqlalchemy"},
     "serving/cli.py": ANYTHING,
     "serving/adapter_cli.py": {"serving.settings", "httpx", "typer"},
     "serving/tenant_cli.py": CONTRACTS | {"serving.settings", "serving.store", "serving.tenancy", "typer"},

@@ -77,5 +77,5 @@ def _allow_http() -> bool:
 def _as_os_error() -> Iterator[None]:
     try:
         yield
-    except BaseError as error:
+    except (BaseError, FileNotFoundError) as error:
         raise OSError(f"S3: {error}") from error

@@ -179,29 +179,30 @@ def test_a_thousand_adapters_over_eight_slots_answer_as_each_does_alone(tmp_path
 
 def test_two_streams_do_not_notice_what_comes_and_goes_beside_them(tmp_path: Path) -> None:
     """A slot for one adapter more, which two others want at a time, and memory for none. The streams' own adapters are
-    deleted, and replaced, while they run. Fails where a slot in use is given away."""
+    deleted, and replaced, while they run. Seen to fail where a slot in use is given away."""
     streams = [(number, request(number, "ann", [3 + number, 20, 50], 150)) for number in (0, 1)]
     with shop(tmp_path, adapter_slots=4, adapter_memory_bytes=1) as busy, ThreadPoolExecutor(4) as pool:
         for number in range(12):
             busy.add(number)
         began = [busy.catalog.pin("ann", f"a{number}").content_hash for number, _ in streams]
-        running = [
-            pool.submit(busy.engine.generate, [replace(wanted, revision=content)])
-            for (_, wanted), content in zip(streams, began, strict=True)
-        ]
+        answers: list[Generation] = []
         others = 0
-        while not all(future.done() for future in running):
-            pair = [(2 + (others + more) % 10, request(100 + others + more, "bob", [7, 8], 2)) for more in (0, 1)]
-            list(pool.map(lambda one: busy.answer(*one), pair))
-            others += 2
-            if others == 6:
-                busy.catalog.delete(OPERATOR, "a0")
-                busy.catalog.delete(OPERATOR, "a1")
-                busy.add(1, content=50)
-        answers = [future.result()[0] for future in running]
-        assert others > 20
+        while others <= 20:  # once, unless the machine has other work
+            running = [
+                pool.submit(busy.engine.generate, [replace(wanted, request_id=f"{number}{others}", revision=content)])
+                for (number, wanted), content in zip(streams, began, strict=True)
+            ]
+            while not all(future.done() for future in running):
+                pair = [(2 + (others + more) % 10, request(100 + others + more, "bob", [7, 8], 2)) for more in (0, 1)]
+                list(pool.map(lambda one: busy.answer(*one), pair))
+                others += 2
+                if others == 6:
+                    busy.catalog.delete(OPERATOR, "a0")
+                    busy.catalog.delete(OPERATOR, "a1")
+                    busy.add(1, content=50)
+            answers += [future.result()[0] for future in running]
         assert busy.engine.stats().slot_evictions + busy.engine.residency.stats().evictions > 20
     with quiet() as solo:
         solos = [solo(*one) for one in streams]
-    assert near_ties(answers, solos) == 0
+    assert near_ties(answers, solos * (len(answers) // 2)) == 0
     assert answers[0].token_ids != answers[1].token_ids
