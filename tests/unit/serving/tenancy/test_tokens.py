@@ -74,9 +74,7 @@ def test_a_good_token_names_its_tenant(verify: TokenVerifier, algorithm: str) ->
 @pytest.mark.parametrize(
     "changes",
     [
-        {"exp": time.time() - 60},
         {"exp": None},
-        {"nbf": time.time() + 86_400},
         {"iss": "https://id.example.org"},
         {"iss": None},
         {"aud": "else"},
@@ -88,6 +86,12 @@ def test_a_good_token_names_its_tenant(verify: TokenVerifier, algorithm: str) ->
 def test_claims_that_do_not_hold(verify: TokenVerifier, changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidApiKey):
         verify(token(**changes))
+
+
+@pytest.mark.parametrize(("claim", "seconds"), [("exp", -60), ("nbf", 86_400)])
+def test_times_that_do_not_hold(verify: TokenVerifier, claim: str, seconds: int) -> None:
+    with pytest.raises(InvalidApiKey):
+        verify(token(**{claim: time.time() + seconds}))
 
 
 def test_the_claim_may_be_another(tmp_path: Path) -> None:
