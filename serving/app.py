@@ -32,7 +32,7 @@ from serving.api.middleware import LOOPBACK_HOSTS
 from serving.demo import demo_adapters
 from serving.engine import Engine
 from serving.errors import ServingError, StartupError
-from serving.listeners import bind, served
+from serving.listeners import bind, configured, served
 from serving.metrics import AdapterGauges, Metrics
 from serving.settings import ServerSettings, SettingsError, is_loopback
 from serving.store.database import DatabaseError, open_database, sqlite_url
@@ -129,15 +129,7 @@ def serve(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises `StartupError` and `SettingsError`."""
     with bind(settings.host, settings.port) as listener:
         app = create_app(settings)
-        config = uvicorn.Config(
-            app,
-            ssl_certfile=settings.ssl_certfile,
-            ssl_keyfile=settings.ssl_keyfile,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
+        config = configured(app, ssl_certfile=settings.ssl_certfile, ssl_keyfile=settings.ssl_keyfile)
         context: ApiContext = app.state.context
         try:
             config.load()

@@ -1,4 +1,4 @@
-"""Sockets that the server listens on beside uvicorn's own: bound early, served for as long as a block runs.
+"""Sockets that the server listens on: bound early; those beside uvicorn's own served for as long as a block runs.
 
 Knows no routes.
 """
@@ -9,6 +9,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -31,6 +32,19 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def configured(app: ASGIApp, **settings: Any) -> uvicorn.Config:
+    """What all listeners have in common, with `settings` of one's own."""
+    return uvicorn.Config(
+        app,
+        http="h11",  # which bounds a request's head; httptools, uvicorn's choice where it is installed, does not
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+        **settings,
+    )
+
+
 class _Beside(uvicorn.Server):
     """uvicorn, but signals are another server's."""
 
@@ -42,10 +56,7 @@ class _Beside(uvicorn.Server):
 @asynccontextmanager
 async def served(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
     """Serve `app` on `listener`, plain HTTP, until the block ends."""
-    config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1
-    )
-    server = _Beside(config)
+    server = _Beside(configured(app, lifespan="off"))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield
