@@ -20,9 +20,10 @@ run_all = for module in $(call modules,$(1)); do echo "== $$module"; $(BIN)/pyth
 demo: $(INSTALLED)
 	$(BIN)/vblora-serve demo $(if $(ONCE),--once) $(ARGS)
 
-test: export OMP_NUM_THREADS ?= 2
+# A process of tests for each of two cores.
+test: export OMP_NUM_THREADS ?= 1
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Other people's clients from npm and PyPI, unchanged, against a server on the demo model (needs node 20 or newer).
 test-clients: $(INSTALLED) .clients/installed tests/e2e/clients/node/node_modules/installed

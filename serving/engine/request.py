@@ -22,10 +22,9 @@ class RequestState:
     cache when the request was first admitted. Preemption sets `computed` to 0 and frees the blocks, nothing else, so
     that recomputing never samples or emits a token twice. `seed` is the request's own, or one drawn at random.
 
-    `alone` says that nothing of its tenant waited when it came. `leader` is the state of the row that this one follows;
-    `prompt_done` says that the prompt's keys and values have been in the cache, or never will be. `scores` are the
-    prompt's log probabilities so far, `hidden` the sum of its last hidden states so far, for requests that want them:
-    such a request reads no cached prefix until it has them.
+    `leader` is the state of the row that this one follows; `prompt_done` says that the prompt's keys and values have
+    been in the cache, or never will be. `scores` are the prompt's log probabilities so far, `hidden` the sum of its
+    last hidden states so far, for requests that want them: such a request reads no cached prefix until it has them.
     """
 
     request: GenerationRequest
@@ -42,7 +41,6 @@ class RequestState:
     admitted: float | None = None
     last_token: float | None = None
     preemptions: int = 0
-    alone: bool = False
     leader: RequestState | None = None
     prompt_done: bool = False
     matcher: Matcher | None = None

@@ -55,7 +55,6 @@ class Scheduler:
         tenant = state.request.tenant
         self.service.weigh(tenant, state.request.weight)
         if tenant not in self._waiting:
-            state.alone = not state.preemptions
             self.service.join(tenant, self._waiting, {state.request.tenant for state in self.running})
             self._waiting[tenant] = []
         insort(self._waiting[tenant], state, key=_turn)
@@ -91,10 +90,10 @@ class Scheduler:
 
     def _sit_out(self) -> set[str]:
         """Tenants that have no part in this step: with more than their part of the rows and a queue besides, when the
-        prompt of one that came alone is to be read, which so waits for one of their steps at most. Never twice in a
-        row."""
+        prompt of one is to be read that asks for no more than its part, and so waits for one of their steps at most.
+        Never twice in a row."""
         over = {tenant for tenant, count in self._rows().items() if count > self._part(tenant)} & self._waiting.keys()
-        due = any(s.alone and not s.prompt_done and s.request.tenant not in over for s in self.running)
+        due = any(not state.prompt_done and self._wants_its_part(state.request.tenant) for state in self.running)
         self._some_sat_out = due and bool(over) and not self._some_sat_out
         return over if self._some_sat_out else set()
 
@@ -140,14 +139,15 @@ class Scheduler:
     def _admit(self) -> None:
         """Take waiting requests while rows, slots and blocks for their whole text so far are there.
 
-        Whoever has a queue waits for its turn, which is what the bound of `ServiceCounters` is about. Who sends one
-        request after another need not wait until others have been served as much, below its part of the rows.
+        Who asks for more than its part of the rows waits for its turn, which is what the bound of `ServiceCounters` is
+        about. Who does not need not wait until others have been served as much.
         """
         while (state := self._next()) is not None and self._enter(state):
             pass
-        for state in [queue[0] for queue in self._waiting.values()]:
-            if state.alone and not state.blocked and self._is_below_part(state.request.tenant):
-                self._enter(state)
+        for tenant in [tenant for tenant in self._waiting if self._wants_its_part(tenant)]:
+            for state in list(self._waiting[tenant]):
+                if not state.blocked:
+                    self._enter(state)
 
     def _enter(self, state: RequestState) -> bool:
         """Let a waiting request run, on another's row if need be."""
@@ -174,6 +174,10 @@ class Scheduler:
         """A tenant's part of the rows by weight, among those that run or wait; nobody's is less than one."""
         busy = {*self._rows(), *self._waiting}
         return max(1.0, self.service.due(tenant, busy, self.max_batch_size))
+
+    def _wants_its_part(self, tenant: str) -> bool:
+        """Whether a tenant's rows and what it has waiting are no more than its part of the rows together."""
+        return self._rows()[tenant] + len(self._waiting.get(tenant, ())) <= self._part(tenant)
 
     def _is_below_part(self, tenant: str) -> bool:
         return self._rows()[tenant] + 1 <= self._part(tenant)

@@ -145,7 +145,7 @@ def test_what_many_miss_is_read_once(site: Site, monkeypatch: pytest.MonkeyPatch
 
     def counted(content_hash: str) -> tuple[bytes, bytes]:
         reads.append(content_hash)
-        time.sleep(0.05)  # as long as a storage takes
+        time.sleep(0.5)  # so that all have missed it by then
         return get(content_hash)
 
     def pin() -> RevisionPin:
