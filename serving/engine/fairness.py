@@ -66,9 +66,10 @@ class ServiceCounters:
                 left -= given
         return shares
 
-    def due(self, tenant: str, among: Collection[str], total: int) -> float:
-        """The part of `total` that is `tenant`'s by weight."""
-        return total * self._weights[tenant] / sum(self._weights[other] for other in among)
+    def parts(self, total: int, among: Collection[str]) -> dict[str, float]:
+        """`total` divided by weight; nobody's part is less than one."""
+        each = total / sum(self._weights[tenant] for tenant in among) if among else 0.0
+        return {tenant: max(1.0, each * self._weights[tenant]) for tenant in among}
 
     def _drop_idle(self, busy: Collection[str]) -> None:
         """Whoever comes back from below the floor starts at the floor, remembered or not."""

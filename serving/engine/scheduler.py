@@ -40,6 +40,7 @@ class Scheduler:
         self._keys = BlockKeys(blocks.block_size)
         self._waiting: dict[str, list[RequestState]] = {}
         self._fills: list[Fill] = []
+        self._parts: dict[str, float] = {}  # of the rows, by tenant, of those that have requests in this step
         self._some_sat_out = False
 
     @property
@@ -61,6 +62,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Choose the chunks of the next step, with blocks and slots for all of them."""
+        self._parts = self.service.parts(self.max_batch_size, dict.fromkeys([*self._rows(), *self._waiting]))
         chunks = self._decode()
         self._admit()
         # a row that went for another tenant's may even have come back, with less of it computed
@@ -92,8 +94,10 @@ class Scheduler:
         """Tenants that have no part in this step: with more than their part of the rows and a queue besides, when the
         prompt of one is to be read that asks for no more than its part, and so waits for one of their steps at most.
         Never twice in a row."""
-        over = {tenant for tenant, count in self._rows().items() if count > self._part(tenant)} & self._waiting.keys()
-        due = any(not state.prompt_done and self._wants_its_part(state.request.tenant) for state in self.running)
+        rows = self._rows()
+        over = {tenant for tenant in self._waiting if rows[tenant] > self._parts[tenant]}
+        within = set(self._within_parts())
+        due = any(not state.prompt_done and state.request.tenant in within for state in self.running)
         self._some_sat_out = due and bool(over) and not self._some_sat_out
         return over if self._some_sat_out else set()
 
@@ -144,10 +148,9 @@ class Scheduler:
         """
         while (state := self._next()) is not None and self._enter(state):
             pass
-        for tenant in [tenant for tenant in self._waiting if self._wants_its_part(tenant)]:
-            for state in list(self._waiting[tenant]):
-                if not state.blocked:
-                    self._enter(state)
+        for state in [state for tenant in self._within_parts() for state in self._waiting.get(tenant, ())]:
+            if not state.blocked and not self._enter(state):
+                break
 
     def _enter(self, state: RequestState) -> bool:
         """Let a waiting request run, on another's row if need be."""
@@ -170,17 +173,11 @@ class Scheduler:
     def _rows(self) -> Counter[str]:
         return Counter(state.request.tenant for state in self.running)
 
-    def _part(self, tenant: str) -> float:
-        """A tenant's part of the rows by weight, among those that run or wait; nobody's is less than one."""
-        busy = {*self._rows(), *self._waiting}
-        return max(1.0, self.service.due(tenant, busy, self.max_batch_size))
-
-    def _wants_its_part(self, tenant: str) -> bool:
-        """Whether a tenant's rows and what it has waiting are no more than its part of the rows together."""
-        return self._rows()[tenant] + len(self._waiting.get(tenant, ())) <= self._part(tenant)
-
-    def _is_below_part(self, tenant: str) -> bool:
-        return self._rows()[tenant] + 1 <= self._part(tenant)
+    def _within_parts(self) -> list[str]:
+        """Tenants whose rows and what they have waiting are no more than their part of the rows together."""
+        rows = self._rows()
+        counts = ((tenant, rows[tenant] + len(self._waiting.get(tenant, ()))) for tenant in self._parts)
+        return [tenant for tenant, count in counts if count <= self._parts[tenant]]
 
     def _take(self, state: RequestState) -> bool:
         """Let a waiting request run, if there is room; charge its prompt, the first time."""
@@ -205,8 +202,9 @@ class Scheduler:
 
         What the row had computed is mostly still in the prefix cache when it comes back.
         """
-        over = [other for other, count in self._rows().items() if count > self._part(other)]
-        if not over or not self._is_below_part(tenant):
+        rows = self._rows()
+        over = [other for other, count in rows.items() if count > self._parts[other]]
+        if not over or rows[tenant] + 1 > self._parts[tenant]:
             return False
         most = max(over, key=lambda other: self.service[other])
         newest = max((state for state in self.running if state.request.tenant == most), key=lambda state: state.order)
