@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from serving.adapters.slots import SlotPool
 from serving.engine.block_keys import BlockKeys
@@ -67,11 +67,12 @@ class Scheduler:
         self._admit()
         # a row that went for another tenant's may even have come back, with less of it computed
         chunks = [chunk for chunk in chunks if chunk.state in self.running and chunk.start == chunk.state.computed]
-        sit_out = self._sit_out()
+        crowding = self._crowding()
+        sit_out = self._sit_out(crowding)
         chunks = [chunk for chunk in chunks if chunk.state.request.tenant not in sit_out]
         decoding = {chunk.state.order for chunk in chunks}
         prompts = [s for s in self.running if s.order not in decoding and s.request.tenant not in sit_out]
-        chunks += self._prefill(prompts, self.max_batched_tokens - len(chunks))
+        chunks += self._prefill(prompts, self.max_batched_tokens - len(chunks), crowding)
         chunks.sort(key=lambda chunk: chunk.length > 1)
         for chunk in chunks:
             if chunk.samples:
@@ -90,33 +91,44 @@ class Scheduler:
                     chunks.append(chunk)
         return chunks
 
-    def _sit_out(self) -> set[str]:
-        """Tenants that have no part in this step: with more than their part of the rows and a queue besides, when the
-        prompt of one is to be read that asks for no more than its part, and so waits for one of their steps at most.
-        Never twice in a row."""
+    def _crowding(self) -> set[str]:
+        """Tenants with more than their part of the rows and a queue besides, while others run that want no more than
+        theirs."""
         rows = self._rows()
-        over = {tenant for tenant in self._waiting if rows[tenant] > self._parts[tenant]}
+        if not rows.keys() & set(self._within_parts()):
+            return set()
+        return {tenant for tenant in self._waiting if rows[tenant] > self._parts[tenant]}
+
+    def _sit_out(self, crowding: set[str]) -> set[str]:
+        """Those of the `crowding` that have no part in this step: all, when it reads the prompt of one within its part,
+        which so waits for one of their steps at most; but never twice in a row."""
         within = set(self._within_parts())
         due = any(not state.prompt_done and state.request.tenant in within for state in self.running)
-        self._some_sat_out = due and bool(over) and not self._some_sat_out
-        return over if self._some_sat_out else set()
+        self._some_sat_out = due and bool(crowding) and not self._some_sat_out
+        return crowding if self._some_sat_out else set()
 
-    def _prefill(self, states: Sequence[RequestState], budget: int) -> list[Chunk]:
-        """Share `budget` tokens among the tenants of `states`, by weight."""
+    def _prefill(self, states: Sequence[RequestState], budget: int, crowding: Collection[str]) -> list[Chunk]:
+        """Share `budget` tokens among the tenants of `states`, by weight. The `crowding` get a quarter of it at most:
+        others wait for a step of theirs."""
         states = sorted(states, key=lambda state: state.order)
         wanted = {state.order: state.remaining for state in states}
-        for tenant, tokens in self._share([state for state in states if state.scoring], wanted, SCORED_TOKENS).items():
-            _cut([state for state in states if state.scoring and state.request.tenant == tenant], wanted, tokens)
+        scoring = [state for state in states if state.scoring]
+        for tenant, tokens in self._share(scoring, wanted, SCORED_TOKENS, {}).items():
+            _cut([state for state in scoring if state.request.tenant == tenant], wanted, tokens)
         chunks = []
-        for tenant, tokens in self._share(states, wanted, budget).items():
+        most = dict.fromkeys(crowding, max(1, budget // 4))
+        for tenant, tokens in self._share(states, wanted, budget, most).items():
             chunks += _read([state for state in states if state.request.tenant == tenant], wanted, tokens)
         return chunks
 
-    def _share(self, states: Sequence[RequestState], wanted: dict[int, int], tokens: int) -> dict[str, int]:
+    def _share(
+        self, states: Sequence[RequestState], wanted: Mapping[int, int], tokens: int, most: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Of `tokens`, each tenant's by weight: what its `states` have `wanted`, and no more than its `most`."""
         demands: Counter[str] = Counter()
         for state in states:
             demands[state.request.tenant] += wanted[state.order]
-        return self.service.shares(tokens, demands)
+        return self.service.shares(tokens, {t: min(demand, most.get(t, demand)) for t, demand in demands.items()})
 
     def commit(self, plan: StepPlan) -> None:
         """The step has run: its tokens have keys and values, and the blocks that it filled may be shared."""

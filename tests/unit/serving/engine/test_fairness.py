@@ -194,6 +194,19 @@ def test_nobody_sits_out_two_steps_in_a_row_whatever_others_send() -> None:
     assert trace.generated["flood"] - before["flood"] == 20 * (ROWS - 1)
 
 
+def test_who_crowds_others_reads_little_in_a_step() -> None:
+    trace = Trace(scheduler())
+    for _ in range(3 * ROWS):
+        trace.subject.add(state("flood", 30, answer=2))
+    assert sum(chunk.length for chunk in trace.step().chunks) == BUDGET, "nobody is there to be crowded"
+    trace.subject.add(state("small", 5, answer=1000))
+    for _ in range(20):
+        trace.subject.add(state("flood", 30, answer=2))
+        prompts = [chunk.length for chunk in trace.step().chunks if chunk.length > 1]
+        assert sum(prompts) <= 5 + BUDGET // 4
+    assert trace.generated["flood"] > 4
+
+
 @pytest.mark.parametrize("first", [["large"] * 6, ["a", "b", "c", "d", "e", "e", "f"]], ids=["no queue", "their part"])
 def test_nobody_sits_out_without_a_queue(first: list[str]) -> None:
     trace = Trace(scheduler())
