@@ -15,15 +15,8 @@ from pydantic.fields import FieldInfo
 from serving.adapter_cli import adapter_app
 from serving.errors import StartupError
 from serving.logs import configure_logs
-from serving.settings import (
-    ServerSettings,
-    SettingsError,
-    default_text,
-    flag_of,
-    is_list,
-    load_settings,
-    settings_reference,
-)
+from serving.settings import ServerSettings, SettingsError, flag_of, load_settings
+from serving.settings_reference import default_text, is_list, settings_reference
 from serving.tenant_cli import tenant_app
 
 FAILED, WRONG_USAGE = 1, 2

@@ -1,6 +1,6 @@
 """Every setting of the server: a flag, else ``VBLORA_*`` in the environment, else the YAML file, else its default.
 
-The one list behind the command line and docs/settings.md. Knows neither HTTP nor engine.
+The one list behind the command line and docs/settings.md (`settings_reference.py`). Knows neither HTTP nor engine.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ import re
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import yaml
 from platformdirs import user_data_path
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -298,46 +297,9 @@ def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Serve
         raise SettingsError(_explain(error)) from error
 
 
-def settings_reference() -> str:
-    """docs/settings.md."""
-    lines = [
-        "# Settings",
-        "",
-        "Of `vblora-serve run`. A flag wins over the environment, that over the YAML file of `--config` (names as the",
-        "flags, with `-` or `_`), that over the default. In the environment lists are comma-separated.",
-        "",
-        "| flag | environment | default | what it does |",
-        "|---|---|---|---|",
-    ]
-    for name, field in ServerSettings.model_fields.items():
-        flag = "MODEL" if name == "model" else f"`{flag_of(name)}`"
-        lines.append(f"| {flag} | `{ENV_PREFIX}{name.upper()}` | {default_text(field)} | {field.description} |")
-    return "\n".join([*lines, ""])
-
-
 def flag_of(name: str) -> str:
     """The flag of a setting: ``max_rank`` → ``--max-rank``."""
     return "--" + name.replace("_", "-")
-
-
-def default_text(field: FieldInfo) -> str:
-    """A setting's default as its documentation shows it."""
-    if field.is_required():
-        return "required"
-    if field.default_factory is not None:
-        return "the user's data folder"
-    if field.default is None or field.default == ():
-        return "none"
-    if isinstance(field.default, bool):
-        return "on" if field.default else "off"
-    if isinstance(field.default, ByteSize):
-        return field.default.human_readable(decimal=False)
-    return str(field.default)
-
-
-def is_list(field: FieldInfo) -> bool:
-    """Whether the setting's flag may be repeated."""
-    return len(get_args(field.annotation)) == 2 and get_args(field.annotation)[1] is Ellipsis
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

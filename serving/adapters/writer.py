@@ -62,7 +62,7 @@ class Writer:
                 # Somebody may have removed equal bytes since; while this change lasts, nobody can.
                 self._store(content, unless_there=True)
                 yield change
-        except BaseException:
+        except BaseException:  # a refusal, a failure, a signal: bytes that nothing names are nobody's
             self._orphans.add({content.content_hash}, {content.bank_hash})
             self._orphans.remove()
             raise

@@ -13,6 +13,7 @@ from serving.engine.fairness import ServiceCounters
 from serving.engine.request import Chunk, Fill, RequestState, StepPlan
 
 GENERATED_TOKEN_COST = 2  # a token of service counts 1 when it is prefilled, 2 when it is generated
+CROWDING = 4  # one part in so many of a step's prompts is the most for who crowds others: they wait for that step
 SCORED_TOKENS = 128  # of prompts whose log probabilities are wanted, in one step: each is a row over the vocabulary
 
 
@@ -67,8 +68,9 @@ class Scheduler:
         self._admit()
         # a row that went for another tenant's may even have come back, with less of it computed
         chunks = [chunk for chunk in chunks if chunk.state in self.running and chunk.start == chunk.state.computed]
-        crowding = self._crowding()
-        sit_out = self._sit_out(crowding)
+        within = set(self._within_parts())
+        crowding = self._crowding(within)
+        sit_out = self._sit_out(crowding, within)
         chunks = [chunk for chunk in chunks if chunk.state.request.tenant not in sit_out]
         decoding = {chunk.state.order for chunk in chunks}
         prompts = [s for s in self.running if s.order not in decoding and s.request.tenant not in sit_out]
@@ -91,32 +93,30 @@ class Scheduler:
                     chunks.append(chunk)
         return chunks
 
-    def _crowding(self) -> set[str]:
-        """Tenants with more than their part of the rows and a queue besides, while others run that want no more than
-        theirs."""
+    def _crowding(self, within: set[str]) -> set[str]:
+        """Tenants with more than their part of the rows and a queue besides, while others run that are `within` theirs
+        with all they want."""
         rows = self._rows()
-        if not rows.keys() & set(self._within_parts()):
+        if rows.keys().isdisjoint(within):
             return set()
         return {tenant for tenant in self._waiting if rows[tenant] > self._parts[tenant]}
 
-    def _sit_out(self, crowding: set[str]) -> set[str]:
-        """Those of the `crowding` that have no part in this step: all, when it reads the prompt of one within its part,
-        which so waits for one of their steps at most; but never twice in a row."""
-        within = set(self._within_parts())
+    def _sit_out(self, crowding: set[str], within: set[str]) -> set[str]:
+        """Those of the `crowding` that have no part in this step: all, when it reads the prompt of one `within` its
+        part, which so waits for one of their steps at most; but never twice in a row."""
         due = any(not state.prompt_done and state.request.tenant in within for state in self.running)
         self._some_sat_out = due and bool(crowding) and not self._some_sat_out
         return crowding if self._some_sat_out else set()
 
     def _prefill(self, states: Sequence[RequestState], budget: int, crowding: Collection[str]) -> list[Chunk]:
-        """Share `budget` tokens among the tenants of `states`, by weight. The `crowding` get a quarter of it at most:
-        others wait for a step of theirs."""
+        """Share `budget` tokens among the tenants of `states`, by weight; each of the `crowding` gets little."""
         states = sorted(states, key=lambda state: state.order)
         wanted = {state.order: state.remaining for state in states}
         scoring = [state for state in states if state.scoring]
         for tenant, tokens in self._share(scoring, wanted, SCORED_TOKENS, {}).items():
             _cut([state for state in scoring if state.request.tenant == tenant], wanted, tokens)
         chunks = []
-        most = dict.fromkeys(crowding, max(1, budget // 4))
+        most = dict.fromkeys(crowding, max(1, budget // CROWDING))
         for tenant, tokens in self._share(states, wanted, budget, most).items():
             chunks += _read([state for state in states if state.request.tenant == tenant], wanted, tokens)
         return chunks

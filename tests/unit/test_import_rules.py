@@ -29,6 +29,7 @@ RULES: dict[str, set[str]] = {
     "serving/types.py": set(),
     "serving/errors.py": set(),
     "serving/settings.py": {"serving.types", "pydantic", "pydantic_settings", "yaml", "platformdirs"},
+    "serving/settings_reference.py": {"serving.settings", "pydantic"},
     "serving/metrics.py": CONTRACTS | {"prometheus_client", "serving.vllm_metrics"},
     "serving/vllm_metrics.py": CONTRACTS | {"prometheus_client"},
     "serving/logs.py": {"structlog", "starlette"},

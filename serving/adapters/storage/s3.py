@@ -17,6 +17,7 @@ from serving.adapters.storage.objects import Kind, Stored, is_hash
 _CONNECT = timedelta(seconds=5)
 _TIMEOUT = timedelta(seconds=30)
 _RETRIES = 3
+_NOT_FOUND = NotFoundError, FileNotFoundError  # what the library documents, and what it raises
 
 
 class S3Objects:
@@ -43,7 +44,7 @@ class S3Objects:
         with _as_os_error():
             try:
                 return obstore.get(self._store, key).bytes().to_bytes()
-            except (NotFoundError, FileNotFoundError):
+            except _NOT_FOUND:
                 raise KeyError(key) from None
 
     def delete(self, key: str) -> None:
@@ -54,7 +55,7 @@ class S3Objects:
         with _as_os_error():
             try:
                 return obstore.head(self._store, key)["last_modified"].timestamp()
-            except (NotFoundError, FileNotFoundError):
+            except _NOT_FOUND:
                 return None
 
     def list(self, kind: Kind) -> dict[str, Stored]:

@@ -17,6 +17,7 @@ import uvicorn
 
 from serving.api.context import ApiContext
 from serving.app import create_app
+from serving.listeners import configured
 from serving.settings import ServerSettings
 from tests.support import save_random_adapter, save_tiny_model, tiny_model
 
@@ -135,7 +136,7 @@ def running(files: Files, data_dir: Path, **settings: Any) -> Iterator[Server]:
     """A server in this process, stopped with the block."""
     given = {"data_dir": data_dir, "adapter_root": (files.root,), "port": 0, "kv_cache_memory": CACHE_BYTES} | settings
     app = create_app(ServerSettings(model=str(files.model), **given))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(configured(app, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from serving import settings
 from serving.cli import app
 from serving.settings import ServerSettings, flag_of
+from serving.settings_reference import settings_reference
 
 
 def test_run_has_a_flag_for_every_setting() -> None:
@@ -37,4 +37,4 @@ def test_unknown_flags_are_refused() -> None:
 
 
 def test_the_reference_is_printed() -> None:
-    assert CliRunner().invoke(app, ["settings"]).stdout == settings.settings_reference()
+    assert CliRunner().invoke(app, ["settings"]).stdout == settings_reference()

@@ -5,15 +5,7 @@ from typing import Any
 
 import pytest
 
-from serving.settings import (
-    ENV_PREFIX,
-    ServerSettings,
-    SettingsError,
-    flag_of,
-    is_list,
-    load_settings,
-    settings_reference,
-)
+from serving.settings import ENV_PREFIX, ServerSettings, SettingsError, load_settings
 
 STORAGE_URLS = [
     "",
@@ -27,7 +19,6 @@ STORAGE_URLS = [
     "file://host/x",
     "/srv/x",
 ]
-DOCUMENT = Path(__file__).parents[3] / "docs" / "settings.md"
 
 
 @pytest.fixture(autouse=True)
@@ -148,17 +139,6 @@ def test_a_faulty_file_is_told(tmp_path: Path, text: str, words: str) -> None:
 def test_the_keys_of_clients_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VBLORA_API_KEY", "secret")
     assert load().model == "demo"
-
-
-def test_every_setting_is_documented() -> None:
-    assert all(field.description for field in ServerSettings.model_fields.values())
-    assert DOCUMENT.read_text(encoding="utf-8") == settings_reference(), "vblora-serve settings > docs/settings.md"
-
-
-def test_names_of_flags() -> None:
-    assert flag_of("max_rank") == "--max-rank"
-    lists = {name for name, field in ServerSettings.model_fields.items() if is_list(field)}
-    assert lists == {"adapter", "adapter_root", "allowed_hosts", "cors_origins"}
 
 
 def test_the_engine_gets_what_was_set() -> None:
