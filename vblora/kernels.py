@@ -78,14 +78,29 @@ def linear_with_delta(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Del
     return result
 
 
+def reads_packed(packed: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` may take the compiled product of few rows: built for this processor, which multiplies bfloat16,
+    and knowing the layout that oneDNN chose for `packed`, which is `weight` (out, in) packed."""
+    return available and bool(torch.ops.vblora.reads_packed(packed, weight))
+
+
 def linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sequence[int], *, few: int, step: int, delta: Delta | None
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    *,
+    own: bool,
+    few: int,
+    step: int,
+    delta: Delta | None,
 ) -> list[Tensor]:
     """x (..., rows, in) → x Wᵀ + bias + its delta, split into parts (..., rows, size), on weights packed for oneDNN.
 
-    More than `few` rows are filled up to a multiple of `step`. The dtypes are as in `add_delta`.
+    Up to `few` rows are multiplied by the compiled product if `own`, which is only for weights that `reads_packed`
+    allows; all else by oneDNN's, more than `few` rows filled up to a multiple of `step`. Dtypes are as in `add_delta`.
     """
-    result: list[Tensor] = _linear(x, packed, bias, sizes, few, step, *(delta or NO_DELTA))
+    result: list[Tensor] = _linear(x, packed, bias, sizes, own, few, step, *(delta or NO_DELTA))
     return result
 
 

@@ -1,5 +1,5 @@
-// CPU kernels of the server's step: composing adapters, their deltas, attention of one new token over a paged cache,
-// RMS norms, rotary positions, the highest logits, and forbidding some.
+// CPU kernels of the server's step: products of few rows, composing adapters, their deltas, attention of one new token
+// over a paged cache, RMS norms, rotary positions, the highest logits, and forbidding some.
 //
 // Each does in one call what torch does in five to fifteen, of which every one costs microseconds. They know tensors,
 // not adapters or requests. The slow references are in vblora/batched.py, serving/engine/attention.py and transformers.
@@ -33,6 +33,16 @@
 #define CLONES
 #endif
 #define INLINE static inline __attribute__((always_inline))
+
+// Linux's builds of torch for this processor export where oneDNN has put what it packed, but declare it nowhere.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define READS_PACKED 1
+#include <immintrin.h>
+namespace at::native {
+void* data_ptr_from_mkldnn(const at::Tensor& packed);
+int64_t nbytes_from_mkldnn(const at::Tensor& packed);
+}  // namespace at::native
+#endif
 
 namespace {
 
@@ -452,6 +462,71 @@ INLINE void forbid_words(const Forbidding<T>& job, int64_t begin, int64_t end) {
 
 FOR_BOTH(forbid_words, Forbidding)
 
+// ---- x Wᵀ + bias for few rows in bfloat16, on weights as oneDNN packs them for processors without tiles of AMX:
+// blocks of 64 outputs, in each the inputs by twos, and of every two the 64 outputs' weights. Read once, in order.
+
+constexpr int64_t BLOCK = 64;  // outputs; numbers that are not a multiple of it are filled up by oneDNN
+constexpr int64_t TILE = 6;    // rows that are multiplied in one pass: four sums each, in registers
+
+#ifdef READS_PACKED
+struct FewRows {
+  Bits16* y;  // (rows, outputs)
+  const Bits16 *x, *weight, *bias;  // x (rows, inputs); the bias may be null
+  int64_t rows, inputs, outputs;
+};
+
+#define BFLOAT16_PRODUCTS __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+BFLOAT16_PRODUCTS INLINE __m512bh sixteen_pairs(const Bits16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+template <int ROWS>
+BFLOAT16_PRODUCTS INLINE void few_rows_tile(const FewRows& job, int64_t block, int64_t first) {
+  constexpr int PARTS = 4;
+  const int64_t begin = block * BLOCK;
+  __m512 sums[ROWS][PARTS];
+  const Bits16* x[ROWS];
+  for (int row = 0; row < ROWS; ++row) {
+    x[row] = job.x + (first + row) * job.inputs;
+    for (int part = 0; part < PARTS; ++part) sums[row][part] = _mm512_setzero_ps();
+  }
+  const Bits16* weight = job.weight + begin * job.inputs;
+  for (int64_t input = 0; input < job.inputs; input += 2, weight += 2 * BLOCK) {
+    const __m512bh weights[PARTS] = {sixteen_pairs(weight), sixteen_pairs(weight + 32), sixteen_pairs(weight + 64),
+                                     sixteen_pairs(weight + 96)};
+    for (int row = 0; row < ROWS; ++row) {
+      int32_t two;
+      std::memcpy(&two, x[row] + input, sizeof two);
+      const __m512bh inputs = (__m512bh)_mm512_set1_epi32(two);
+      for (int part = 0; part < PARTS; ++part)
+        sums[row][part] = _mm512_dpbf16_ps(sums[row][part], weights[part], inputs);
+    }
+  }
+  const int64_t width = std::min(BLOCK, job.outputs - begin);
+  for (int row = 0; row < ROWS; ++row) {
+    float whole[BLOCK];
+    for (int part = 0; part < PARTS; ++part) _mm512_storeu_ps(whole + 16 * part, sums[row][part]);
+    Bits16* y = job.y + (first + row) * job.outputs + begin;
+    if (job.bias)
+      for (int64_t i = 0; i < width; ++i) whole[i] += widen(job.bias[begin + i]);
+    for (int64_t i = 0; i < width; ++i) narrow(whole[i], y[i]);
+  }
+}
+
+BFLOAT16_PRODUCTS void run(const FewRows& job, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    int64_t row = 0;
+    for (; row + TILE <= job.rows; row += TILE) few_rows_tile<TILE>(job, block, row);
+    switch (job.rows - row) {
+      case 5: few_rows_tile<5>(job, block, row); break;
+      case 4: few_rows_tile<4>(job, block, row); break;
+      case 3: few_rows_tile<3>(job, block, row); break;
+      case 2: few_rows_tile<2>(job, block, row); break;
+      case 1: few_rows_tile<1>(job, block, row); break;
+    }
+  }
+}
+#endif
+
 // ---- From tensors to the above.
 
 // Runs all items, shared among torch's threads where the work is worth it.
@@ -545,12 +620,55 @@ at::Tensor linear_with_delta(const at::Tensor& x, const at::Tensor& weight, cons
   return y;
 }
 
+// Whether `few_rows` can take a weight that oneDNN has packed, given the same unpacked (outputs, inputs): the processor
+// multiplies bfloat16, and the first and last block lie in the layout that is read above. oneDNN promises none.
+bool reads_packed(const at::Tensor& packed, const at::Tensor& weight) {
+#ifdef READS_PACKED
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bf16")) return false;
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), blocks = (outputs + BLOCK - 1) / BLOCK;
+  if (!is_bfloat16(weight) || !weight.is_contiguous() || inputs % 2) return false;
+  if (at::native::nbytes_from_mkldnn(packed) != blocks * BLOCK * inputs * static_cast<int64_t>(sizeof(Bits16)))
+    return false;
+  const auto* there = static_cast<const Bits16*>(at::native::data_ptr_from_mkldnn(packed));
+  const Bits16* plain = pointer<Bits16>(weight);
+  for (const int64_t block : {int64_t{0}, blocks - 1})
+    for (int64_t output = block * BLOCK; output < std::min(outputs, (block + 1) * BLOCK); ++output)
+      for (int64_t input = 0; input < inputs; ++input) {
+        const int64_t at = block * BLOCK * inputs + input / 2 * 2 * BLOCK + output % BLOCK * 2 + input % 2;
+        if (there[at] != plain[output * inputs + input]) return false;
+      }
+  return true;
+#else
+  return false;
+#endif
+}
+
+at::Tensor few_rows(const at::Tensor& x_, const at::Tensor& packed, const std::optional<at::Tensor>& bias) {
+#ifdef READS_PACKED
+  const at::Tensor x = x_.contiguous();
+  const int64_t inputs = packed.size(1), outputs = packed.size(0);
+  TORCH_CHECK(x.is_cpu() && is_bfloat16(x) && x.size(-1) == inputs, "x must be (..., inputs) of bfloat16 on the CPU");
+  if (bias) check_type(*bias, "bias");
+  TORCH_CHECK(!bias || (is_bfloat16(*bias) && bias->numel() == outputs), "the bias must be (outputs,) of bfloat16");
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = outputs;
+  at::Tensor y = at::empty(sizes, x.options());
+  const FewRows job{target<Bits16>(y), pointer<Bits16>(x),
+                    static_cast<const Bits16*>(at::native::data_ptr_from_mkldnn(packed)),
+                    bias ? pointer<Bits16>(*bias) : nullptr, x.numel() / inputs, inputs, outputs};
+  parallel(job, (outputs + BLOCK - 1) / BLOCK, BLOCK * inputs * job.rows);
+  return y;
+#else
+  TORCH_CHECK(false, "not built for this processor: ask reads_packed first");
+#endif
+}
+
 // x Wᵀ + bias on weights that oneDNN has packed, then the deltas as above, cut into the outputs of its modules.
 //
-// oneDNN compiles code for every number of rows and keeps it: beyond `few` rows their number is filled up to a multiple
-// of `step`, so that there are few numbers.
+// Up to `few` rows by the product above if `own`, which `reads_packed` must allow. oneDNN compiles code for every number
+// of rows and keeps it: beyond `few` their number is filled up to a multiple of `step`, so that there are few numbers.
 std::vector<at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                               const std::vector<int64_t>& sizes, int64_t few, int64_t step,
+                               const std::vector<int64_t>& sizes, bool own, int64_t few, int64_t step,
                                const std::optional<at::Tensor>& table, const std::optional<at::Tensor>& slots,
                                const std::optional<at::Tensor>& modules, int64_t rank) {
   using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view,
@@ -558,9 +676,14 @@ std::vector<at::Tensor> linear(const at::Tensor& x, const at::Tensor& weight, co
   static const auto packed_linear =
       c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
   const int64_t rows = x.size(-2), extra = rows > few ? (step - rows % step) % step : 0;
-  const at::Tensor filled = extra ? at::constant_pad_nd(x, {0, 0, 0, extra}) : x;
-  at::Tensor y = packed_linear.call(filled, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
-  if (extra) y = y.narrow(-2, 0, rows);
+  at::Tensor y;
+  if (own && rows <= few) {
+    y = few_rows(x, weight, bias);
+  } else {
+    const at::Tensor filled = extra ? at::constant_pad_nd(x, {0, 0, 0, extra}) : x;
+    y = packed_linear.call(filled, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+    if (extra) y = y.narrow(-2, 0, rows);
+  }
   if (table) add_delta_(y, x, *table, *slots, *modules, rank);
   if (sizes.size() == 1) return {y};
   return y.split_with_sizes(sizes, -1);
@@ -792,11 +915,12 @@ TORCH_LIBRARY(vblora, library) {
       "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor lengths, int block_size, "
       "int window, float scaling, float softcap, Tensor? sinks) -> Tensor");
   library.def(
-      "linear(Tensor x, Tensor weight, Tensor? bias, int[] sizes, int few, int step, Tensor? table, Tensor? slots, "
-      "Tensor? modules, int rank) -> Tensor[]");
+      "linear(Tensor x, Tensor weight, Tensor? bias, int[] sizes, bool own, int few, int step, Tensor? table, "
+      "Tensor? slots, Tensor? modules, int rank) -> Tensor[]");
   library.def(
       "linear_with_delta(Tensor x, Tensor weight, Tensor? bias, Tensor table, Tensor slots, Tensor modules, int rank) "
       "-> Tensor");
+  library.def("reads_packed(Tensor packed, Tensor weight) -> bool");
   library.def("store_(Tensor(a!) cache, Tensor fresh, Tensor targets) -> ()");
   library.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
   library.def("scale_rows_(Tensor(a!) y, Tensor scales) -> ()");
@@ -821,7 +945,10 @@ TORCH_LIBRARY_IMPL(vblora, CPU, library) {
 }
 
 // Packed weights are tensors of a kind of their own.
-TORCH_LIBRARY_IMPL(vblora, MkldnnCPU, library) { library.impl("linear", &linear); }
+TORCH_LIBRARY_IMPL(vblora, MkldnnCPU, library) {
+  library.impl("linear", &linear);
+  library.impl("reads_packed", &reads_packed);
+}
 
 // Importing the module loads the library, which registers the operations; there is nothing in it.
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from serving.engine.linears import PackedLinear, Product, SiblingLinear, lay_out, packable
+from serving.engine.linears import PackedLinear, Product, SiblingLinear, lay_out, own_product_pays, packable
 from tests.support import random_adapter
+from vblora import kernels
 from vblora.batched import AdapterSlots, Segment, SlottedLinear
 from vblora.compact import SlotLayout
 
@@ -64,19 +65,53 @@ def test_a_layer_laid_out_gives_what_slotted_linears_give(bias: bool, dtype: tor
     assert torch.allclose(fast(x).float(), expected, atol=tolerance * scale, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 31, 33, 47, 48])
+@pytest.mark.usefixtures("either_kernels")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outputs", [48, 64, 200])
+@pytest.mark.parametrize("rows", [*range(1, 9), 31, 32, 33, 47, 48])
 @torch.inference_mode()
-def test_a_product_of_any_number_of_rows(rows: int) -> None:
+def test_a_product_of_any_number_of_rows(rows: int, outputs: int, bias: bool) -> None:
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(1, rows, WIDTH, generator=generator).bfloat16()
-    weight, bias = (torch.randn(*size, generator=generator).bfloat16() for size in ((48, WIDTH), (48,)))
-    product, expected = Product(weight, bias), x.float() @ weight.float().T + bias.float()
+    weight, added = (torch.randn(*size, generator=generator).bfloat16() for size in ((outputs, WIDTH), (outputs,)))
+    product, expected = Product(weight, added if bias else None), x.float() @ weight.float().T + bias * added.float()
     got = product(x)
-    assert got.shape == expected.shape
+    assert got.shape == expected.shape and got.dtype == torch.bfloat16
     assert torch.allclose(got.float(), expected, atol=2e-2 * float(expected.abs().max()), rtol=0)
-    if product.adds_deltas:
-        parts = product.parts(x, (16, 32), None)
-        assert [part.shape[-1] for part in parts] == [16, 32] and torch.equal(torch.cat(parts, -1), got)
+    if product.adds_deltas and kernels.available:
+        parts = product.parts(x, (16, outputs - 16), None)
+        assert [part.shape[-1] for part in parts] == [16, outputs - 16] and torch.equal(torch.cat(parts, -1), got)
+
+
+@torch.inference_mode()
+def test_few_rows_are_multiplied_alike_by_our_product_and_by_onednn() -> None:
+    """Ours wherever it pays: a layout of oneDNN's that it does not know would show here, not in a slower server."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(640, 1024, generator=generator).bfloat16()
+    product = Product(weight, None)
+    assert product.own == (packable(weight) and kernels.available and own_product_pays())
+    if not product.own:
+        return
+    for rows in (1, 4, 7, 32):
+        x = torch.randn(1, rows, 1024, generator=generator).bfloat16()
+        ours = product(x)
+        product.own = False
+        theirs = product(x)
+        product.own = True
+        assert torch.allclose(ours.float(), theirs.float(), atol=2**-7 * float(theirs.abs().max()), rtol=0)
+
+
+@torch.inference_mode()
+def test_a_layout_that_is_not_known_is_left_to_onednn() -> None:
+    weight = torch.randn(64, 64).bfloat16()
+    if not packable(weight) or not kernels.available:
+        return
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+    other = torch.ops.mkldnn._reorder_linear_weight(torch.randn(64, 40).bfloat16(), 32)  # 40 inputs are filled up to 64
+    assert not kernels.reads_packed(packed, weight.flip(0)), "the blocks were not looked at"
+    assert not kernels.reads_packed(packed, weight.T.contiguous()), "the places of inputs were not looked at"
+    assert not kernels.reads_packed(packed, weight.float())
+    assert not kernels.reads_packed(other, torch.zeros(64, 40).bfloat16())
 
 
 @torch.inference_mode()
