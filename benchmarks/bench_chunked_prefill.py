@@ -13,7 +13,7 @@ import time
 import torch
 
 from benchmarks import sides
-from benchmarks.workload import Recorder, random_adapter, requests
+from benchmarks.workload import Recorder, random_adapter, requests, started_engine
 from serving.engine import Engine
 from serving.types import EngineSettings, GenerationRequest, SamplingParams
 
@@ -31,7 +31,7 @@ def long_prompts(engine: Engine, options: argparse.Namespace, number: int, revis
 
 def measure(options: argparse.Namespace, side: str) -> sides.Values:
     recorder = Recorder()
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype), observer=recorder)
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype), observer=recorder)
     adapters = [engine.load_adapter(random_adapter(engine, seed)) for seed in range(2)]
     engine.generate(requests(engine, 1, 2, adapters[:1]))
     steps: list[int] = []

@@ -14,7 +14,7 @@ import statistics
 import time
 
 from benchmarks import sides
-from benchmarks.workload import random_adapter
+from benchmarks.workload import random_adapter, started_engine
 from serving.engine import Engine
 from serving.errors import RateLimitExceeded
 from serving.types import EngineSettings, GenerationRequest, SamplingParams
@@ -83,7 +83,7 @@ async def load(engine: Engine, options: argparse.Namespace, adapters: list[str],
 
 
 def measure(options: argparse.Namespace, side: str) -> sides.Values:
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype))
     adapters = [engine.load_adapter(random_adapter(engine, seed)) for seed in range(2)]
     found = asyncio.run(load(engine, options, adapters, side))
     engine.close()

@@ -15,8 +15,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from benchmarks import sides
-from benchmarks.workload import Recorder, cheap_adapters, random_adapter, requests
-from serving.engine import Engine
+from benchmarks.workload import Recorder, cheap_adapters, random_adapter, requests, started_engine
 from serving.types import EngineSettings
 from vblora.checkpoint import write_adapter
 from vblora.export import export_lora
@@ -25,7 +24,7 @@ from vblora.integrations.base_models import load_base_model
 
 def slot_seconds(options: argparse.Namespace) -> float:
     recorder = Recorder()
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype), observer=recorder)
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype), observer=recorder)
     adapters = cheap_adapters(engine, options.adapters)
     engine.generate(requests(engine, len(adapters), 2, adapters))
     engine.close()
@@ -33,7 +32,7 @@ def slot_seconds(options: argparse.Namespace) -> float:
 
 
 def lora_seconds(options: argparse.Namespace) -> float:
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype))
     adapter = random_adapter(engine, 0)
     engine.close()
     base = load_base_model(options.model, dtype=options.dtype).model

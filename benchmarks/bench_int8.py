@@ -13,8 +13,7 @@ from torch import nn
 
 import serving.demo
 from benchmarks import sides
-from benchmarks.workload import random_adapter, throughput
-from serving.engine import Engine
+from benchmarks.workload import random_adapter, started_engine, throughput
 from serving.engine.linears import PackedLinear
 from serving.engine.quantization import Int8Product
 from serving.types import EngineSettings
@@ -31,7 +30,7 @@ QUANTIZATION = {"bfloat16": None, "int8": "int8"}
 
 def speeds(options: argparse.Namespace, side: str) -> sides.Values:
     settings = EngineSettings(model=options.model, dtype="bfloat16", quantization=QUANTIZATION[side])
-    engine = Engine.from_settings(settings)
+    engine = started_engine(settings)
     adapters = [engine.load_adapter(random_adapter(engine, seed)) for seed in range(max(BATCHES))]
     values = {f"{side}_{rows}": throughput(engine, options.tokens, adapters[:rows], rows) for rows in BATCHES}
     engine.close()

@@ -11,8 +11,7 @@ import os
 from pathlib import Path
 
 from benchmarks import sides
-from benchmarks.workload import RANK, cheap_adapters
-from serving.engine import Engine
+from benchmarks.workload import RANK, cheap_adapters, started_engine
 from serving.types import EngineSettings
 
 BYTES_OF_BFLOAT16 = 2
@@ -24,7 +23,7 @@ def resident_bytes() -> int:
 
 
 def measure(options: argparse.Namespace, side: str) -> sides.Values:
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype))
     cheap_adapters(engine, 1)
     first, before = engine.residency.stats(), resident_bytes()
     cheap_adapters(engine, options.adapters)

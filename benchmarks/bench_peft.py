@@ -17,8 +17,7 @@ from peft import PeftModel
 from peft import __version__ as peft_version
 
 from benchmarks.contest import Contest, Run, contest_arguments, own_side
-from benchmarks.workload import PROMPT, random_adapter
-from serving.engine import Engine
+from benchmarks.workload import PROMPT, random_adapter, started_engine
 from serving.types import EngineSettings
 from vblora.checkpoint import write_adapter
 from vblora.integrations.base_models import load_base_model
@@ -27,7 +26,7 @@ ADAPTERS = 32
 
 
 def write_adapters(options: argparse.Namespace, folder: Path) -> list[Path]:
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype))
     paths = [folder / f"adapter{seed}" for seed in range(ADAPTERS)]
     for seed, path in enumerate(paths):
         write_adapter(path, random_adapter(engine, seed))

@@ -10,8 +10,7 @@ import argparse
 import torch
 
 from benchmarks import sides
-from benchmarks.workload import cheap_adapters, throughput
-from serving.engine import Engine
+from benchmarks.workload import cheap_adapters, started_engine, throughput
 from serving.types import EngineSettings
 
 ZIPF = 1.5
@@ -34,7 +33,7 @@ def drawn(popularity: str, rows: int) -> list[int]:
 
 def measure(options: argparse.Namespace, side: str) -> sides.Values:
     """All in one process, in turn, twice; the better of each, since what they differ by is small."""
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype))
     adapters = cheap_adapters(engine, options.rows)
     values: sides.Values = {}
     for _ in range(2):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.sides import fresh_process
-from benchmarks.workload import machine, random_adapter
+from benchmarks.workload import machine, random_adapter, started_engine
 from serving.engine import Engine
 from serving.types import EngineSettings, GenerationRequest, SamplingParams
 
@@ -47,7 +47,7 @@ def answer(engine: Engine, name: str, prompt: tuple[int, ...], revision: str) ->
 
 def measure(model: str, dtype: str, length: int, count: int) -> dict[str, object]:
     """Both sides for `count` prompts, after one that is not counted."""
-    engine = Engine.from_settings(EngineSettings(model=model, dtype=dtype))
+    engine = started_engine(EngineSettings(model=model, dtype=dtype))
     revision = engine.load_adapter(random_adapter(engine, 0))
     rows = [
         [answer(engine, f"{side}-{number}", prompt, revision) for side in SIDES]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 
 from benchmarks import sides
-from benchmarks.workload import cheap_adapters, throughput
-from serving.engine import Engine
+from benchmarks.workload import cheap_adapters, started_engine, throughput
 from serving.types import EngineSettings
 
 
 def measure(options: argparse.Namespace, side: str) -> sides.Values:
     """Requests take the adapters in turn, so that with many each comes once, and has to be composed."""
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype))
     adapters = cheap_adapters(engine, options.many if side == "many" else options.few)
     values = {side: throughput(engine, options.tokens, adapters, options.requests)}
     engine.close()

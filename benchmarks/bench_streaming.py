@@ -20,8 +20,7 @@ import httpx
 
 from benchmarks import sides
 from benchmarks.bench_start import free_port, wait_until_ready
-from benchmarks.workload import PROMPT, random_adapter, throughput
-from serving.engine import Engine
+from benchmarks.workload import PROMPT, random_adapter, started_engine, throughput
 from serving.types import EngineSettings
 from vblora.checkpoint import write_adapter
 
@@ -29,7 +28,7 @@ DONE = b"data: [DONE]"
 
 
 def in_process(options: argparse.Namespace) -> sides.Values:
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype))
     adapters = [engine.load_adapter(random_adapter(engine, seed)) for seed in range(options.rows)]
     found = throughput(engine, options.tokens, adapters, options.rows)
     engine.close()
@@ -70,7 +69,7 @@ def _adapters(options: argparse.Namespace, folder: Path) -> list[Path]:
 
 
 def write_adapters(model: str, dtype: str, count: int, folder: str) -> None:
-    engine = Engine.from_settings(EngineSettings(model=model, dtype=dtype))
+    engine = started_engine(EngineSettings(model=model, dtype=dtype))
     for seed in range(count):
         write_adapter(Path(folder) / f"adapter{seed}", random_adapter(engine, seed))
     engine.close()

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from benchmarks import sides
-from benchmarks.workload import Recorder, random_adapter, requests
+from benchmarks.workload import Recorder, random_adapter, requests, started_engine
 from serving.engine import Engine
 from serving.errors import InvalidValue
 from serving.types import EngineSettings, GenerationRequest, Structure
@@ -54,7 +54,7 @@ BAD = {
 
 def measure(options: argparse.Namespace, side: str) -> sides.Values:
     recorder = Recorder()
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype), observer=recorder)
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype), observer=recorder)
     values: sides.Values = {}
     if side == "structured":
         values |= checks(engine)

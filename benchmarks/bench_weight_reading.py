@@ -13,8 +13,7 @@ import time
 import torch
 
 from benchmarks import sides
-from benchmarks.workload import Recorder, random_adapter, requests
-from serving.engine import Engine
+from benchmarks.workload import Recorder, random_adapter, requests, started_engine
 from serving.engine.compute import ComputeThread
 from serving.types import EngineSettings
 from vblora.compact import linear_shape
@@ -44,7 +43,7 @@ def measure(options: argparse.Namespace, side: str) -> sides.Values:
     reading = compute.call(lambda: weight_bytes(options)) / compute.call(bandwidth)
     compute.stop()
     recorder = Recorder()
-    engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype), observer=recorder)
+    engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype), observer=recorder)
     adapters = [engine.load_adapter(random_adapter(engine, 0))]
     engine.generate(requests(engine, 1, 8, adapters))
     recorder.steps.clear()

@@ -18,8 +18,7 @@ from typing import Any
 
 from benchmarks.scoring import TOLERANCE
 from benchmarks.sides import arguments, fresh_process
-from benchmarks.workload import machine, random_adapter, timed_answers
-from serving.engine import Engine
+from benchmarks.workload import machine, random_adapter, started_engine, timed_answers
 from serving.types import EngineSettings
 
 Scores = dict[str, dict[str, float]]
@@ -49,7 +48,7 @@ def own_side(adapters: int) -> Side:
     """This project's engine: `--rows` requests of `--tokens` tokens on so many distinct adapters."""
 
     def run(options: argparse.Namespace) -> Run:
-        engine = Engine.from_settings(EngineSettings(model=options.model, dtype=options.dtype))
+        engine = started_engine(EngineSettings(model=options.model, dtype=options.dtype))
         revisions = [engine.load_adapter(random_adapter(engine, seed)) for seed in range(adapters)]
         seconds, prompt, answers = timed_answers(engine, options.tokens, revisions, options.rows)
         engine.close()

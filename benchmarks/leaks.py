@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_memory import resident_bytes
-from benchmarks.workload import machine, random_adapter
+from benchmarks.workload import machine, random_adapter, started_engine
 from serving.adapters.catalog import Catalog
 from serving.adapters.registry import Registry
 from serving.adapters.storage.folder import open_folder
@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--cycles", type=int, default=10_000)
     parser.add_argument("--leak", action="store_true")
     options = parser.parse_args()
-    engine = Engine.from_settings(EngineSettings(model=options.model, kv_cache_bytes=1 << 28))
+    engine = started_engine(EngineSettings(model=options.model, kv_cache_bytes=1 << 28))
     with tempfile.TemporaryDirectory() as folder, opened(engine, Path(folder)) as catalog:
         files = contents(lambda seed: random_adapter(engine, seed))
         faults = measure(engine, catalog, files, options.cycles, [] if options.leak else None)

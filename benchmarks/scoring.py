@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.workload import random_adapter, random_content
-from serving.engine import Engine
+from benchmarks.workload import random_adapter, random_content, started_engine
 from serving.types import EngineSettings, GenerationRequest, SamplingParams
 from vblora import VBLoRAModel
 from vblora.checkpoint import write_adapter
@@ -44,7 +43,7 @@ class Loss(NamedTuple):
 
 def greedy_texts(model: str, prompt: Tokens, seeds: Iterable[Seed], length: int) -> dict[Seed, Tokens]:
     """The float32 engine's own greedy texts of `length` tokens, for each adapter by its seed."""
-    engine = Engine.from_settings(EngineSettings(model=model, dtype="float32"))
+    engine = started_engine(EngineSettings(model=model, dtype="float32"))
     sampling = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
     revisions = {seed: None if seed is None else engine.load_adapter(random_adapter(engine, seed)) for seed in seeds}
     rows = [

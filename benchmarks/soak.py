@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from benchmarks.bench_memory import resident_bytes
-from benchmarks.workload import Recorder, cheap_adapters, machine
+from benchmarks.workload import Recorder, cheap_adapters, machine, started_engine
 from serving.engine import Engine
 from serving.types import EngineSettings, GenerationRequest, SamplingParams, StepReport
 
@@ -97,7 +97,7 @@ def main() -> int:
     options = parser.parse_args()
     recorder = Recorder()
     settings = EngineSettings(model=options.model, kv_cache_bytes=CACHE_BYTES)
-    engine = Engine.from_settings(settings, observer=recorder)
+    engine = started_engine(settings, observer=recorder)
     adapters = cheap_adapters(engine, options.adapters)
     load = Load(engine, adapters, time.monotonic() + 60 * options.minutes)
     sizes = asyncio.run(run(load, options.clients, options.minutes))

@@ -17,8 +17,7 @@ from benchmarks.contest import PREPARE
 from benchmarks.peers.beside_vllm import run_vllm, settings
 from benchmarks.peers.exports import Exports, write_exports
 from benchmarks.sides import fresh_process
-from benchmarks.workload import machine, random_adapter, throughput
-from serving.engine import Engine
+from benchmarks.workload import machine, random_adapter, started_engine, throughput
 from serving.types import EngineSettings
 
 HERE = Path(__file__).parent
@@ -33,7 +32,7 @@ Figures = list[tuple[int, int, float]]
 
 def ours(options: argparse.Namespace) -> Figures:
     given = EngineSettings(model=options.model, dtype=options.dtype, max_batch_size=max(BATCHES))
-    engine = Engine.from_settings(given)
+    engine = started_engine(given)
     adapters = [engine.load_adapter(random_adapter(engine, seed)) for seed in range(max(ADAPTERS))]
     found = [
         (rows, distinct, throughput(engine, options.tokens, adapters[:distinct], rows)) for rows, distinct in CASES

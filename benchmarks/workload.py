@@ -11,7 +11,7 @@ import torch
 
 from serving.engine import Engine
 from serving.engine.observer import SilentObserver
-from serving.types import GenerationRequest, SamplingParams, StepReport
+from serving.types import EngineObserver, EngineSettings, GenerationRequest, SamplingParams, StepReport
 from vblora import VBLoRAConfig
 from vblora.checkpoint import AdapterCheckpoint, TopKModule
 from vblora.mixture import ModuleShape, TopK, topk_mixture
@@ -36,6 +36,13 @@ class Recorder(SilentObserver):
 
     def on_first_token(self, seconds: float) -> None:
         self.first_tokens.append(seconds)
+
+
+def started_engine(settings: EngineSettings, observer: EngineObserver | None = None) -> Engine:
+    """An engine whose cache has all of its memory, which it else takes while it answers, in the first seconds."""
+    engine = Engine.from_settings(settings, observer)
+    engine.runner.committing.join()
+    return engine
 
 
 def random_adapter(engine: Engine, seed: int) -> AdapterCheckpoint:

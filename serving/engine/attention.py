@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from serving.engine.memory import lazy_zeros
 from vblora import kernels
 
 IMPLEMENTATION = "vblora_paged"
@@ -112,9 +113,17 @@ class AttentionStep:
 class PagedLayer:
     """One attention layer's keys and values: (positions, kv heads, head size) each, and the step under way."""
 
-    def __init__(self, num_positions: int, key_shape: Sequence[int], value_shape: Sequence[int], **like: Any) -> None:
-        self.keys = torch.zeros(num_positions, *key_shape, **like)
-        self.values = torch.zeros(num_positions, *value_shape, **like)
+    def __init__(
+        self,
+        num_positions: int,
+        key_shape: Sequence[int],
+        value_shape: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.keys = lazy_zeros(num_positions, *key_shape, dtype=dtype, device=device)
+        self.values = lazy_zeros(num_positions, *value_shape, dtype=dtype, device=device)
         self.step: AttentionStep | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:

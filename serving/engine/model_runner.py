@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,6 +25,7 @@ from serving.engine.compatibility import (
     use_paged_attention,
 )
 from serving.engine.linears import MakeProduct, Product, lay_out
+from serving.engine.memory import commit, free_memory
 from serving.engine.norms import fuse_norms
 from serving.engine.quantization import Int8Product, check_quantization
 from serving.engine.request import Chunk, Fill, RequestState, StepPlan
@@ -38,7 +37,6 @@ from vblora.compact import CompactAdapter, SlotLayout
 
 DEFAULT_CACHE_BYTES = 4 << 30
 FREE_MEMORY_SHARE = 0.25
-MEMORY_FILE = Path("/proc/meminfo")
 
 
 class StepOutput(NamedTuple):
@@ -86,6 +84,7 @@ class ModelRunner:
         check_packed(model, self._probe(), separate)  # on arbitrary tokens, where 8 bits change more than on text
         if settings.quantization is not None:
             self._lay_out(record, Int8Product)
+        self.committing = commit([cache for layer in self._layers for cache in (layer.keys, layer.values)])
 
     def _lay_out(self, record: ForwardRecord, product: MakeProduct) -> None:
         """Put the layers of the engine in the places of the model's."""
@@ -203,14 +202,3 @@ class ModelRunner:
             **options,
         ).logits[0]
         return logits if self._keeps_logits else logits[rows]
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that may be taken without another program having to give any back."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = MEMORY_FILE.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from serving.engine import Engine, model_runner
+from serving.engine import Engine, memory
 from serving.engine.linears import PackedLinear, SiblingLinear
 from serving.errors import (
     ContextLengthExceeded,
@@ -181,7 +181,7 @@ def test_in_8_bits_a_request_gets_with_others_what_it_gets_alone() -> None:
 def test_more_than_the_memory_is_refused_at_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     free = tmp_path / "meminfo"
     free.write_text("MemTotal: 99999999 kB\nMemAvailable:      4096 kB\n")
-    monkeypatch.setattr(model_runner, "MEMORY_FILE", free)
+    monkeypatch.setattr(memory, "MEMORY_FILE", free)
     tiny_engine().close()
     with pytest.raises(StartupError, match=r"kv-cache-memory is 4,194,305 bytes, but 4,194,304 are free"):
         tiny_engine(kv_cache_bytes=(1 << 22) + 1)

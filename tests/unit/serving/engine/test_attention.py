@@ -48,7 +48,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, start: int, options: Attent
 @pytest.mark.usefixtures("either_kernels")
 def test_paged_attention_equals_dense_attention(options: AttentionOptions) -> None:
     generator = torch.Generator().manual_seed(0)
-    layer = PagedLayer(10 * BLOCK, (KV_HEADS, SIZE), (KV_HEADS, SIZE))
+    layer = PagedLayer(10 * BLOCK, (KV_HEADS, SIZE), (KV_HEADS, SIZE), dtype=torch.float32, device=torch.device("cpu"))
     keys = [torch.randn(n, KV_HEADS, SIZE, generator=generator) for n in LENGTHS]
     values = [torch.randn(n, KV_HEADS, SIZE, generator=generator) for n in LENGTHS]
     queries = [torch.randn(n, HEADS, SIZE, generator=generator) for n in NEW]
@@ -77,7 +77,9 @@ def test_the_kernel_equals_the_batched_products(
     work that it is shared among threads."""
     generator = torch.Generator().manual_seed(0)
     lengths, blocks, key_size, value_size = (1, 300, 17, 64), 19, 24, 40
-    layer = PagedLayer(4 * blocks * 16, (heads[1], key_size), (heads[1], value_size), dtype=dtype)
+    layer = PagedLayer(
+        4 * blocks * 16, (heads[1], key_size), (heads[1], value_size), dtype=dtype, device=torch.device("cpu")
+    )
     layer.keys.copy_(torch.randn(layer.keys.shape, generator=generator))
     layer.values.copy_(torch.randn(layer.values.shape, generator=generator))
     tables = torch.randperm(4 * blocks, generator=generator).view(4, blocks).tolist()
