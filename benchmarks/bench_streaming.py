@@ -46,6 +46,7 @@ def over_http(options: argparse.Namespace) -> sides.Values:
         server = subprocess.Popen(command)
         try:
             wait_until_ready(server, port)
+            _wait_for_memory(server.pid)
             asyncio.run(_stream_all(port, options.rows, 2))
             began = time.perf_counter()
             tokens = asyncio.run(_stream_all(port, options.rows, options.tokens))
@@ -56,6 +57,14 @@ def over_http(options: argparse.Namespace) -> sides.Values:
     assert tokens == options.rows * options.tokens, f"{tokens} tokens came"
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {"http": tokens / seconds, "client_seconds": used.ru_utime + used.ru_stime}
+
+
+def _wait_for_memory(process: int) -> None:
+    """Until the server has its cache's memory, which it takes in the background in the first seconds."""
+    statistics, before, now = Path(f"/proc/{process}/statm"), 0, 1
+    while now > before:
+        time.sleep(1)
+        before, now = now, int(statistics.read_text().split()[1])
 
 
 def _adapters(options: argparse.Namespace, folder: Path) -> list[Path]:
