@@ -22,7 +22,7 @@ def test_one_tenant_waits_for_itself_and_nobody_else() -> None:
         while len(started) < 2:
             await asyncio.sleep(0.001)
         assert await threads.run("b", lambda: "answered") == "answered"
-        assert started == [0, 1]
+        assert sorted(started) == [0, 1], "more than two at once, or not the first two"
         assert len(threads) == 1
         go.set()
         assert await asyncio.gather(*flood) == list(range(100))
