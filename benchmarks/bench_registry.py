@@ -8,7 +8,6 @@ Wanted are 10 s and 100 ms.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import httpx
 from sqlalchemy import Engine, func, insert, select
 
 from benchmarks import sides
-from benchmarks.bench_start import free_port, wait_until_ready
+from benchmarks.bench_start import free_port, resident, wait_for_memory, wait_until_ready
 from serving.adapters.records import SHARED
 from serving.store.database import open_database, sqlite_url
 from serving.store.tables import adapters, revisions
@@ -72,7 +71,8 @@ def measure(options: argparse.Namespace, side: str) -> sides.Values:
         with running(options, folder) as (client, process):
             start = time.perf_counter() - began
             values = {"start": start, "page": seconds(client, 100), "full_page": seconds(client, 1000)}
-            values["rss"] = memory(process)
+            wait_for_memory(process)
+            values["rss"] = resident(process)
     return {f"{side}_{name}": value for name, value in values.items()}
 
 
@@ -101,11 +101,6 @@ def seconds(client: httpx.Client, limit: int) -> float:
         times.append(time.perf_counter() - began)
         after = {"after": page["last_id"]} if page["has_more"] else {}
     return statistics.median(times)
-
-
-def memory(process: subprocess.Popen[bytes]) -> float:
-    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def main() -> None:

@@ -6,11 +6,13 @@ The ratio is to the ten seconds that are wanted.
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import httpx
 
@@ -49,6 +51,20 @@ def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
         if server.poll() is not None or time.perf_counter() - began > PATIENCE_SECONDS:
             sys.exit("the server did not become ready")
         time.sleep(0.02)
+
+
+def resident(server: subprocess.Popen[bytes]) -> int:
+    """Bytes that the server has in memory."""
+    pages = int(Path(f"/proc/{server.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait_for_memory(server: subprocess.Popen[bytes]) -> None:
+    """Until the server has its cache's memory, which it takes in the background in the first seconds."""
+    before, now = 0, 1
+    while now > before:
+        time.sleep(1)
+        before, now = now, resident(server)
 
 
 def _ready(port: int) -> bool:

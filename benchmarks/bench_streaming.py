@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks import sides
-from benchmarks.bench_start import free_port, wait_until_ready
+from benchmarks.bench_start import free_port, wait_for_memory, wait_until_ready
 from benchmarks.workload import PROMPT, random_adapter, started_engine, throughput
 from serving.types import EngineSettings
 from vblora.checkpoint import write_adapter
@@ -46,7 +46,7 @@ def over_http(options: argparse.Namespace) -> sides.Values:
         server = subprocess.Popen(command)
         try:
             wait_until_ready(server, port)
-            _wait_for_memory(server.pid)
+            wait_for_memory(server)
             asyncio.run(_stream_all(port, options.rows, 2))
             began = time.perf_counter()
             tokens = asyncio.run(_stream_all(port, options.rows, options.tokens))
@@ -57,14 +57,6 @@ def over_http(options: argparse.Namespace) -> sides.Values:
     assert tokens == options.rows * options.tokens, f"{tokens} tokens came"
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {"http": tokens / seconds, "client_seconds": used.ru_utime + used.ru_stime}
-
-
-def _wait_for_memory(process: int) -> None:
-    """Until the server has its cache's memory, which it takes in the background in the first seconds."""
-    statistics, before, now = Path(f"/proc/{process}/statm"), 0, 1
-    while now > before:
-        time.sleep(1)
-        before, now = now, int(statistics.read_text().split()[1])
 
 
 def _adapters(options: argparse.Namespace, folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_start import free_port, wait_until_ready
+from benchmarks.bench_start import free_port, wait_for_memory, wait_until_ready
 from benchmarks.peers.environment import QUIET, ROOT, SIDES
 from benchmarks.workload import machine
 from serving.demo import demo_adapters
@@ -36,6 +36,7 @@ def server(options: argparse.Namespace, folder: Path) -> Iterator[int]:
     process = subprocess.Popen([*command, "--data-dir", str(folder / "data"), "--log-level", "error"])
     try:
         wait_until_ready(process, port)
+        wait_for_memory(process)
         yield port
     finally:
         process.terminate()

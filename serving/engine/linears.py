@@ -43,7 +43,7 @@ class Product:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._bias, self._outputs = bias, weight.shape[0]
+        self._bias = bias
         self.adds_deltas = packed = packable(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if packed else weight
         self.own = packed and own_product_pays() and kernels.reads_packed(self._weight, weight)
@@ -52,7 +52,7 @@ class Product:
         if not self.adds_deltas:
             return F.linear(x, self._weight, self._bias)
         if self.own:
-            return self.parts(x, [self._outputs], None)[0]
+            return self.parts(x, self._weight.shape[:1], None)[0]
         rows = x.shape[-2]
         extra = -rows % ROWS_STEP if rows > ROWS else 0
         filled = F.pad(x, (0, 0, 0, extra)) if extra else x

@@ -91,7 +91,7 @@ def test_few_rows_are_multiplied_alike_by_our_product_and_by_onednn() -> None:
     product = Product(weight, None)
     assert product.own == (packable(weight) and kernels.available and own_product_pays())
     if not product.own:
-        return
+        pytest.skip("needs AVX-512's bfloat16 and no AMX: elsewhere all products are oneDNN's")
     for rows in (1, 4, 7, 32):
         x = torch.randn(1, rows, 1024, generator=generator).bfloat16()
         ours = product(x)
@@ -104,8 +104,8 @@ def test_few_rows_are_multiplied_alike_by_our_product_and_by_onednn() -> None:
 @torch.inference_mode()
 def test_a_layout_that_is_not_known_is_left_to_onednn() -> None:
     weight = torch.randn(64, 64).bfloat16()
-    if not packable(weight) or not kernels.available:
-        return
+    if not packable(weight):
+        pytest.skip("needs a processor for which oneDNN packs bfloat16")
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
     other = torch.ops.mkldnn._reorder_linear_weight(torch.randn(64, 40).bfloat16(), 32)  # 40 inputs are filled up to 64
     assert not kernels.reads_packed(packed, weight.flip(0)), "the blocks were not looked at"
